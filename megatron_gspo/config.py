@@ -1,0 +1,189 @@
+"""The recipe: what a run is, typed, with every default and unit in its field's description.
+
+A recipe is YAML, one section a part of the system. `load_recipe` reads one file and `section.field=value` overrides,
+and answers anything it cannot accept with one `UserError` that names file, field, what was given and what is accepted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown fields are refused, values are never coerced from another type, and it is frozen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    path: Path
+    """A Hugging Face checkpoint directory; with only a `config.json` in it (and a tokenizer) the weights are random."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the model computes in. Optimizer states and gradients are float32 either way."""
+    spec: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Which layers to build: Transformer Engine's where it is installed (`auto`), or this project's own."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What the backward pass recomputes instead of keeping: nothing, the core attention and experts' activation, or every layer."""
+    log_probs_chunk_tokens: Positive = 1024
+    """Response tokens whose logits exist at one time; memory is this times vocabulary times 4 bytes."""
+
+
+class ParallelSection(Section):
+    tensor: Positive = 1
+    expert: Positive = 1
+    expert_tensor: Positive | None = None
+    """Tensor-parallel size inside the experts; null takes `tensor`."""
+    pipeline: Positive = 1
+    virtual_pipeline: Positive | None = None
+    """Model chunks a pipeline rank holds (interleaved schedule); null for one."""
+    context: Positive = 1
+    data: Positive = 1
+    """Data-parallel replicas `train` launches by itself; under torchrun or srun it is what the world size leaves."""
+    distributed_optimizer: bool = True
+    """Shard optimizer states over the data-parallel ranks."""
+
+
+class ObjectiveSection(Section):
+    name: str = "gspo"
+    """A name in `policy_loss.OBJECTIVES`, or `package.module:attribute` of one's own."""
+    clip_low: float | None = None
+    """Lower clip range ε_low, so the ratio is kept above 1 - ε_low; null takes the objective's own (GSPO 3e-4, GRPO 0.2)."""
+    clip_high: float | None = None
+    """Upper clip range ε_high; null takes the objective's own (GSPO 4e-4, GRPO 0.27)."""
+    dual_clip: float | None = None
+    """Cap on the ratio of responses with negative advantage (above 1); null for none."""
+    aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
+    """How token losses become one number; the paper's (eqs. 2, 6, 14) is the mean over responses of the mean over tokens."""
+    constant_length: Positive | None = None
+    """Tokens to divide by under `aggregation: constant_length`; null takes `rollout.max_response_tokens`."""
+    advantage_normalization: Literal["std", "none"] = "std"
+    """Divide a group's centred rewards by their standard deviation (eq. 7), or not."""
+    kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
+    """Weight of the KL penalty to the reference policy (the weights the run started from); 0 builds no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+
+
+class RoutingSection(Section):
+    replay: Literal["off", "r2", "r3"] = "off"
+    """Routing Replay (§5.3): r2 replays the routes of the old-policy pass, r3 those of the rollout engine."""
+    measure: bool = True
+    """Measure expert volatility: routes under the new policy against the old one's."""
+
+
+class RolloutSection(Section):
+    engine: Literal["local", "sglang"] = "local"
+    """`local`: Hugging Face Transformers in the trainer's process; `sglang`: SGLang servers over HTTP."""
+    old_log_probs: Literal["trainer", "engine"] = "trainer"
+    """Whose log-probs are the old policy's: recomputed by the trainer, or the rollout engine's own (§5.4)."""
+    responses_per_prompt: Annotated[int, Field(ge=2)] = 8
+    """G, the group's size; at least 2, because an advantage is relative to the group."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are left out, and counted."""
+    max_response_tokens: Positive = 1024
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: NonNegative = 0
+    """Sample from the k most likely tokens; 0 for all."""
+    max_concurrent_responses: Positive = 256
+    """Responses the local engine decodes in one batch."""
+
+
+class RewardSection(Section):
+    name: str = "task"
+    """`task` (what the built-in task or data set asks for), `exact`, `math`, or `package.module:function`."""
+    timeout_s: Annotated[float, Field(gt=0.0)] = 10.0
+    """A reward that takes longer scores 0 and is counted."""
+
+
+class ChainSection(Section):
+    """The built-in task `arithmetic_chain`: a digit and operations mod 10; the response writes every step."""
+
+    min_operations: Positive = 1
+    max_operations: Positive = 8
+
+
+class DataSection(Section):
+    train: str
+    """A JSONL or Parquet file, or a built-in task's name."""
+    eval: str | None = None
+    """The same for evaluation; null evaluates on nothing. A built-in task draws held-out problems."""
+    chat_template: bool = False
+    """Render prompts through the tokenizer's chat template; `messages` prompts always are."""
+    shuffle: bool = True
+    arithmetic_chain: ChainSection = ChainSection()
+
+
+class TrainingSection(Section):
+    steps: Positive
+    prompts_per_step: Positive
+    mini_batches: Positive = 4
+    """Policy updates a step; each takes an equal share of the step's prompts."""
+    tokens_per_micro_batch: Positive = 16384
+    """Token budget a packed micro-batch is filled to. A longer sequence is a micro-batch of its own."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-6
+    min_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_updates: NonNegative = 0
+    """Updates over which the learning rate rises from 0."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.95
+    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    gradient_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest gradient norm an update is made with."""
+    save_every: NonNegative = 0
+    """Steps between checkpoints; 0 saves at the end only."""
+    max_skipped_updates: Positive = 3
+    """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
+
+
+class EvaluationSection(Section):
+    every: NonNegative = 0
+    """Steps between evaluations; 0 evaluates before the first step and after the last one only."""
+    prompts: Positive = 64
+    """Problems taken from `data.eval`, always the same ones."""
+    samples_per_prompt: Positive = 4
+    """n: pass@1 is averaged over n samples, pass@k is estimated from them."""
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    """0 decodes greedily (and needs `samples_per_prompt: 1`)."""
+
+
+class WarmstartSection(Section):
+    """The supervised cold start (`warmstart`) on a built-in task's demonstrations or the data set's answers."""
+
+    steps: Positive = 500
+    sequences_per_step: Positive = 64
+    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
+    warmup_steps: NonNegative = 20
+    load_balance_coefficient: Annotated[float, Field(ge=0.0)] = 0.01
+    """Weight of the router's auxiliary load-balance loss; the cold start only, never in RL."""
+    wrong_step_fraction: Fraction = 0.08
+    """Share of a demonstration's steps made wrong on purpose and carried on from, so that sampling errs."""
+
+
+class LoggingSection(Section):
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+
+
+class Recipe(Section):
+    seed: int = 1
+    model: ModelSection
+    parallel: ParallelSection = ParallelSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    routing: RoutingSection = RoutingSection()
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    data: DataSection
+    training: TrainingSection
+    evaluation: EvaluationSection = EvaluationSection()
+    warmstart: WarmstartSection = WarmstartSection()
+    logging: LoggingSection = LoggingSection()

@@ -1,0 +1,116 @@
+"""What passes between the stages of a training step.
+
+Every hand-off is a small frozen dataclass; the comment behind a field gives its shape, dtype and unit.
+Shape legend: S tokens in a packed micro-batch (prompts, responses and padding), T response tokens in it,
+N responses in it, G responses a prompt, L MoE layers, K activated experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class UserError(Exception):
+    """Something the user gave is wrong. The command line prints the message alone and exits with status 2."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem: what the policy reads, and what its response is checked against."""
+
+    id: str  # where it came from, unique in a run: "train.jsonl:17", "arithmetic_chain:5"
+    token_ids: tuple[int, ...]
+    text: str
+    answer: str
+    metadata: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled. Log-probs are of the distribution at this temperature, before top-p and top-k cut it."""
+
+    max_response_tokens: int
+    temperature: float = 1.0  # 0 picks the most likely token
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps every token
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response to a prompt, exactly as the rollout engine produced it."""
+
+    prompt_id: str
+    token_ids: np.ndarray  # [tokens] int64; ends with the stop token when finish_reason is "stop"
+    log_probs: np.ndarray  # [tokens] float32, log-prob of each token under the policy that sampled it
+    finish_reason: FinishReason
+    weight_version: int  # the policy version that sampled it
+    routed_experts: np.ndarray | None = None  # [prompt + tokens - 1, L, K]; the last token has no route
+
+    def __post_init__(self) -> None:
+        assert self.token_ids.ndim == 1 and len(self.token_ids) > 0, "a response has at least one token"
+        assert self.token_ids.shape == self.log_probs.shape, "one log-prob a response token"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The G responses to one prompt, with their rewards and advantages (eq. 7)."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    rewards: np.ndarray  # [G] float32
+    advantages: np.ndarray  # [G] float32
+
+    def __post_init__(self) -> None:
+        assert len(self.responses) == len(self.rewards) == len(self.advantages), "one reward and advantage a response"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence: a prompt with one of its responses. What packing arranges into micro-batches."""
+
+    index: int  # the response's position in the step, unique across data-parallel ranks
+    prompt_token_ids: np.ndarray  # [prompt] int64
+    response_token_ids: np.ndarray  # [response] int64
+    advantage: float
+    behaviour_log_probs: np.ndarray  # [response] float32, from the rollout engine
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt_token_ids) + len(self.response_token_ids)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples packed one after the other (`thd`), on the model's device.
+
+    A response token at packed position p is predicted by the hidden state at p - 1; `predicting_positions` holds those
+    p - 1, in packing order, so prompt tokens and padding never reach the output layer. Padding, where the packed length
+    must be a multiple of something, is a segment of its own at the end.
+    """
+
+    token_ids: torch.Tensor  # [S] int64
+    position_ids: torch.Tensor  # [S] int64, from 0 in every segment
+    segment_cu_seqlens: torch.Tensor  # [segments + 1] int32; N samples, and one segment more where there is padding
+    max_segment_tokens: int
+    predicting_positions: torch.Tensor  # [T] int64 into S
+    target_token_ids: torch.Tensor  # [T] int64, the response tokens
+    response_cu_seqlens: torch.Tensor  # [N + 1] int64; response i owns T[cu[i]:cu[i + 1]]
+    sample_indices: tuple[int, ...]  # [N] `Sample.index` of each response
+    advantages: torch.Tensor  # [N] float32
+    behaviour_log_probs: torch.Tensor  # [T] float32
+    num_padding_tokens: int = 0
+
+    @property
+    def num_responses(self) -> int:
+        """N; zero for a micro-batch that only keeps this rank in step with the others."""
+        return len(self.sample_indices)
