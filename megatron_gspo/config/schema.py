@@ -1,29 +1,46 @@
-"""The recipe: what a run is, typed, with every default and unit in its field's description.
+"""The recipe's fields, one section a part of the system, with defaults and units in their descriptions.
 
-A recipe is YAML, one section a part of the system. `load_recipe` reads one file and `section.field=value` overrides,
-and answers anything it cannot accept with one `UserError` that names file, field, what was given and what is accepted.
+What one field alone may hold stands here, in its type. What holds between fields stands in `check.py`.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+BUILT_IN_TASKS = ("arithmetic_chain",)
+"""Names that `data.train` and `data.eval` take instead of a path; each has its settings under `data.<name>`."""
+
+
+def _switch(value: object) -> object:
+    """`on` and `off` are switches to whoever writes YAML, so they are for a boolean field; text anywhere else."""
+    return {"on": True, "off": False}.get(value, value) if isinstance(value, str) else value
+
+
+Switch = Annotated[bool, BeforeValidator(_switch)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+# A path is written as text, which pydantic's strict mode takes for JSON but not for Python values.
+TextPath = Annotated[Path, Field(strict=False)]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown fields are refused, values are never coerced from another type, and it is frozen."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelSection(Section):
-    path: Path
+    path: TextPath
     """A Hugging Face checkpoint directory; with only a `config.json` in it (and a tokenizer) the weights are random."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the model computes in. Optimizer states and gradients are float32 either way."""
@@ -35,29 +52,59 @@ class ModelSection(Section):
     """Response tokens whose logits exist at one time; memory is this times vocabulary times 4 bytes."""
 
 
+def _fewest_replicas(sizes: dict[str, Any]) -> int:
+    """The smallest data-parallel size whose ranks hold every expert: with fewer, Megatron cannot form expert groups."""
+    dense = sizes["tensor"] * sizes["context"] * sizes["pipeline"]
+    moe = (sizes["expert_tensor"] or sizes["tensor"]) * sizes["expert"] * sizes["pipeline"]
+    return math.lcm(dense, moe) // dense
+
+
 class ParallelSection(Section):
+    """How many ranks share what. Outside the experts a replica of the model is tensor × pipeline × context ranks."""
+
     tensor: Positive = 1
     expert: Positive = 1
     expert_tensor: Positive | None = None
     """Tensor-parallel size inside the experts; null takes `tensor`."""
     pipeline: Positive = 1
-    virtual_pipeline: Positive | None = None
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
     """Model chunks a pipeline rank holds (interleaved schedule); null for one."""
     context: Positive = 1
-    data: Positive = 1
-    """Data-parallel replicas `train` launches by itself; under torchrun or srun it is what the world size leaves."""
-    distributed_optimizer: bool = True
+    data: Positive = Field(default_factory=_fewest_replicas)
+    """Data-parallel replicas `train` launches by itself; under torchrun or srun it is what the world size leaves.
+    Default: the fewest that hold `expert` × `expert_tensor` expert shards."""
+    distributed_optimizer: Switch = True
     """Shard optimizer states over the data-parallel ranks."""
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor-parallel size inside the experts, with the default filled in."""
+        return self.expert_tensor or self.tensor
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that hold one replica of what is not an expert."""
+        return self.tensor * self.pipeline * self.context
+
+    @property
+    def expert_model_size(self) -> int:
+        """Ranks that hold one replica of the experts (Megatron's expert-tensor-model-pipeline group)."""
+        return self.expert_tensor_size * self.expert * self.pipeline
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the trainer."""
+        return self.model_size * self.data
 
 
 class ObjectiveSection(Section):
     name: str = "gspo"
     """A name in `policy_loss.OBJECTIVES`, or `package.module:attribute` of one's own."""
-    clip_low: float | None = None
+    clip_low: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Lower clip range ε_low, so the ratio is kept above 1 - ε_low; null takes the objective's own (GSPO 3e-4, GRPO 0.2)."""
-    clip_high: float | None = None
+    clip_high: PositiveFloat | None = None
     """Upper clip range ε_high; null takes the objective's own (GSPO 4e-4, GRPO 0.27)."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Field(gt=1.0)] | None = None
     """Cap on the ratio of responses with negative advantage (above 1); null for none."""
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
     """How token losses become one number; the paper's (eqs. 2, 6, 14) is the mean over responses of the mean over tokens."""
@@ -65,16 +112,17 @@ class ObjectiveSection(Section):
     """Tokens to divide by under `aggregation: constant_length`; null takes `rollout.max_response_tokens`."""
     advantage_normalization: Literal["std", "none"] = "std"
     """Divide a group's centred rewards by their standard deviation (eq. 7), or not."""
-    kl_coefficient: Annotated[float, Field(ge=0.0)] = 0.0
+    kl_coefficient: NonNegativeFloat = 0.0
     """Weight of the KL penalty to the reference policy (the weights the run started from); 0 builds no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How the KL is estimated from the sampled token's two log-probs: k1 unbiased, k2 low variance, k3 both."""
 
 
 class RoutingSection(Section):
     replay: Literal["off", "r2", "r3"] = "off"
     """Routing Replay (§5.3): r2 replays the routes of the old-policy pass, r3 those of the rollout engine."""
-    measure: bool = True
-    """Measure expert volatility: routes under the new policy against the old one's."""
+    measure: Switch = True
+    """Measure expert volatility: routes under the new policy against the old one's. A dense model has none to measure."""
 
 
 class RolloutSection(Section):
@@ -87,7 +135,7 @@ class RolloutSection(Section):
     max_prompt_tokens: Positive = 1024
     """Longer prompts are left out, and counted."""
     max_response_tokens: Positive = 1024
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: NonNegative = 0
     """Sample from the k most likely tokens; 0 for all."""
@@ -98,7 +146,7 @@ class RolloutSection(Section):
 class RewardSection(Section):
     name: str = "task"
     """`task` (what the built-in task or data set asks for), `exact`, `math`, or `package.module:function`."""
-    timeout_s: Annotated[float, Field(gt=0.0)] = 10.0
+    timeout_s: PositiveFloat = 10.0
     """A reward that takes longer scores 0 and is counted."""
 
 
@@ -114,29 +162,31 @@ class DataSection(Section):
     """A JSONL or Parquet file, or a built-in task's name."""
     eval: str | None = None
     """The same for evaluation; null evaluates on nothing. A built-in task draws held-out problems."""
-    chat_template: bool = False
+    chat_template: Switch = False
     """Render prompts through the tokenizer's chat template; `messages` prompts always are."""
-    shuffle: bool = True
+    shuffle: Switch = True
     arithmetic_chain: ChainSection = ChainSection()
 
 
 class TrainingSection(Section):
     steps: Positive
+    """Rollouts of `prompts_per_step` prompts, each followed by `mini_batches` policy updates."""
     prompts_per_step: Positive
+    """Problems a step samples `rollout.responses_per_prompt` responses to, over all replicas."""
     mini_batches: Positive = 4
     """Policy updates a step; each takes an equal share of the step's prompts."""
     tokens_per_micro_batch: Positive = 16384
     """Token budget a packed micro-batch is filled to. A longer sequence is a micro-batch of its own."""
-    learning_rate: Annotated[float, Field(gt=0.0)] = 1e-6
-    min_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    learning_rate: PositiveFloat = 1e-6
+    min_learning_rate: NonNegativeFloat = 0.0
     warmup_updates: NonNegative = 0
     """Updates over which the learning rate rises from 0."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    adam_beta1: Fraction = 0.9
-    adam_beta2: Fraction = 0.95
-    adam_epsilon: Annotated[float, Field(gt=0.0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    gradient_clip: Annotated[float, Field(gt=0.0)] = 1.0
+    adam_beta1: DecayRate = 0.9
+    adam_beta2: DecayRate = 0.95
+    adam_epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    gradient_clip: PositiveFloat = 1.0
     """Largest gradient norm an update is made with."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0 saves at the end only."""
@@ -151,7 +201,7 @@ class EvaluationSection(Section):
     """Problems taken from `data.eval`, always the same ones."""
     samples_per_prompt: Positive = 4
     """n: pass@1 is averaged over n samples, pass@k is estimated from them."""
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    temperature: NonNegativeFloat = 1.0
     """0 decodes greedily (and needs `samples_per_prompt: 1`)."""
 
 
@@ -160,22 +210,28 @@ class WarmstartSection(Section):
 
     steps: Positive = 500
     sequences_per_step: Positive = 64
-    learning_rate: Annotated[float, Field(gt=0.0)] = 3e-3
+    learning_rate: PositiveFloat = 3e-3
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NonNegative = 20
-    load_balance_coefficient: Annotated[float, Field(ge=0.0)] = 0.01
+    curriculum_fraction: Fraction = 0.3
+    """Share of the steps over which a task's problems grow to full length; 0 poses the longest from the start."""
+    load_balance_coefficient: NonNegativeFloat = 0.01
     """Weight of the router's auxiliary load-balance loss; the cold start only, never in RL."""
     wrong_step_fraction: Fraction = 0.08
     """Share of a demonstration's steps made wrong on purpose and carried on from, so that sampling errs."""
 
 
 class LoggingSection(Section):
-    tensorboard: bool = True
+    tensorboard: Switch = True
     wandb_project: str | None = None
     """Also log to this Weights & Biases project."""
 
 
 class Recipe(Section):
-    seed: int = 1
+    """What a run is. `load_recipe` reads it, `dump_recipe` writes it fully resolved."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1
+    """What everything random in the run starts from: sampling, shuffling, initial weights."""
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
     objective: ObjectiveSection = ObjectiveSection()

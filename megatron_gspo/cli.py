@@ -1,0 +1,182 @@
+"""The `megatron-gspo` program.
+
+In: arguments. Out: an exit status: 0 done; 1 failed; 2 bad recipe, arguments or input data, said in one line. What a
+command needs is imported when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_gspo import __version__
+
+if TYPE_CHECKING:
+    from megatron_gspo.config import Recipe
+
+EXIT_DONE, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
+
+RECIPE_HELP = "a recipe, a YAML file; then any number of section.field=value to change it"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The program's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="megatron-gspo",
+        description="Reinforcement learning of Mixture-of-Experts language models with GSPO and GRPO on Megatron-Core.",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-gspo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _recipe_command(commands, "train", "train a policy with reinforcement learning")
+    train.add_argument("--output-dir", type=Path, required=True, metavar="RUN", help="the run directory to write")
+
+    warmstart = _recipe_command(commands, "warmstart", "supervised cold start: train on demonstrations")
+    warmstart.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
+
+    evaluate = _recipe_command(commands, "evaluate", "pass@1 (mean over n samples) and pass@k on data.eval")
+    evaluate.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint directory"
+    )
+
+    report = commands.add_parser("report", help="draw a run's curves as one HTML page")
+    report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    report.add_argument("--output", type=Path, metavar="FILE.html", help="default: RUN/report.html")
+
+    commands.add_parser("doctor", help="what this machine has, what will be used, what is missing")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parsed = build_parser().parse_args(given)
+    _set_up_logging()
+    from megatron_gspo.types import UserError
+
+    commands: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
+        "train": _train,
+        "warmstart": _warmstart,
+        "evaluate": _evaluate,
+        "report": _report,
+        "doctor": _doctor,
+    }
+    try:
+        return commands[parsed.command](parsed, given)
+    except UserError as error:
+        print(f"megatron-gspo: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+
+
+def _set_up_logging() -> None:
+    """What this project logs goes to the terminal, from the first rank alone; of libraries only warnings do."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setLevel(logging.INFO if _is_first_rank() else logging.ERROR)
+    handler.addFilter(lambda record: record.name.startswith("megatron_gspo") or record.levelno >= logging.WARNING)
+    logging.getLogger().addHandler(handler)
+    logging.getLogger().setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    # torch announces new names of collectives that Megatron-Core 0.16 calls by the old ones, once a call site.
+    logging.getLogger("py.warnings").addFilter(lambda record: "site-packages" not in record.getMessage())
+
+
+def _recipe_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, description: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=description, description=description.capitalize() + ".")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help=RECIPE_HELP)
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes one field of the recipe")
+    return parser
+
+
+def _train(parsed: argparse.Namespace, given: list[str]) -> int:
+    from megatron_gspo.report.metrics import refuse_used_directory
+
+    recipe = _load(parsed)
+    if _is_first_rank():
+        refuse_used_directory(parsed.output_dir)
+
+    def run() -> None:
+        from megatron_gspo.training.loop import train
+
+        train(recipe, parsed.output_dir)
+
+    return _on_ranks(recipe, given, run)
+
+
+def _warmstart(parsed: argparse.Namespace, given: list[str]) -> int:
+    from megatron_gspo.types import UserError
+
+    recipe = _load(parsed)
+    if _is_first_rank() and parsed.output_dir.exists():
+        raise UserError(f"--output-dir: {parsed.output_dir} exists already; name a new directory, or remove it")
+
+    def run() -> None:
+        from megatron_gspo.training.warmstart import warmstart
+
+        warmstart(recipe, parsed.output_dir)
+
+    return _on_ranks(recipe, given, run)
+
+
+def _evaluate(parsed: argparse.Namespace, given: list[str]) -> int:
+    parsed.overrides.append(f"model.path={parsed.checkpoint}")
+    recipe = _load(parsed)
+
+    def run() -> None:
+        from megatron_gspo.training.evaluation import evaluate_checkpoint
+
+        evaluate_checkpoint(recipe)
+
+    return _on_ranks(recipe, given, run)
+
+
+def _report(parsed: argparse.Namespace, given: list[str]) -> int:
+    del given
+    from megatron_gspo.report.curves import write_report
+
+    print(write_report(parsed.run, parsed.output))
+    return EXIT_DONE
+
+
+def _doctor(parsed: argparse.Namespace, given: list[str]) -> int:
+    del parsed, given
+    from megatron_gspo.doctor import examine
+
+    return EXIT_DONE if examine() else EXIT_FAILED
+
+
+def _load(parsed: argparse.Namespace) -> Recipe:
+    from megatron_gspo.config import load_recipe
+
+    return load_recipe(parsed.recipe, parsed.overrides)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _on_ranks(recipe: Recipe, given: list[str], run: Callable[[], None]) -> int:
+    """Run `run` on every rank the recipe needs: as one of them, or by starting them on this machine first."""
+    from megatron_gspo.launch import run_ranks, started_by_launcher
+
+    if recipe.parallel.world_size > 1 and not started_by_launcher():
+        return run_ranks(recipe.parallel.world_size, given)
+    from megatron_gspo.platform import prepare_megatron
+
+    prepare_megatron()
+    from megatron_gspo import parallel
+
+    parallel.initialize_distributed()
+    parallel.initialize_model_parallel(recipe.parallel, recipe.seed)
+    try:
+        run()
+    finally:
+        parallel.shutdown()
+    return EXIT_DONE

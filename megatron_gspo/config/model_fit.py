@@ -1,0 +1,147 @@
+"""What must hold between a recipe and the model it names, by the rules of Megatron-Core 0.16.1.
+
+In: the `config.json` of the checkpoint directory `model.path`. Out: what is refused, nothing where all fits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_gspo.config.refusal import Refusal, describe, not_accepted
+from megatron_gspo.config.schema import Recipe
+
+MODEL_TYPES = ("qwen3_moe", "qwen3")
+SHAPES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+MOE_SHAPES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+def check_model(recipe: Recipe) -> list[Refusal]:
+    """What is wrong between the recipe and the `config.json` of the model it names; that it cannot be read, to begin with."""
+    file = recipe.model.path / "config.json"
+    accepted = "a Hugging Face checkpoint directory, or one with a config.json and a tokenizer alone"
+    try:
+        hf_config = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return [Refusal("model.path", f"is {recipe.model.path}, which holds no config.json; accepted: {accepted}")]
+    except (OSError, ValueError) as error:
+        return [Refusal("model.path", f"holds a config.json that cannot be read ({error}); accepted: {accepted}")]
+    if not isinstance(hf_config, dict):
+        return [Refusal("model.path", f"holds a config.json of {describe(hf_config)}; accepted: {accepted}")]
+    return check_recipe_against_model(recipe, hf_config)
+
+
+def check_recipe_against_model(recipe: Recipe, hf_config: Mapping[str, Any]) -> list[Refusal]:
+    """What is wrong between the recipe and the model's `config.json`, by the rules of Megatron-Core 0.16.1."""
+    model_type = hf_config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        accepted = " or ".join(MODEL_TYPES)
+        return [Refusal("model.path", f"holds a model of model_type {describe(model_type)}; accepted: {accepted}")]
+    # Transformers 5 writes the number of experts under another name than the checkpoints it reads.
+    shapes = {"num_experts": hf_config.get("num_local_experts"), **hf_config}
+    names = SHAPES if model_type == "qwen3" else SHAPES + MOE_SHAPES
+    broken = [name for name in names if not _is_count(shapes.get(name))]
+    if broken:
+        given = ", ".join(f"{name} is {describe(shapes.get(name))}" for name in broken)
+        return [Refusal("model.path", f"holds a config.json whose {given}; accepted: whole numbers of at least 1")]
+    checks = (_check_attention, _check_layers, _check_dense if model_type == "qwen3" else _check_experts)
+    return [refusal for check in checks for refusal in check(recipe, shapes)]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_attention(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusal]:
+    tensor = recipe.parallel.tensor
+    heads, groups = shapes["num_attention_heads"], shapes["num_key_value_heads"]
+    for name in ("num_attention_heads", "vocab_size"):
+        if shapes[name] % tensor:
+            yield not_accepted("parallel.tensor", tensor, f"a divisor of the model's {name} ({shapes[name]})")
+    # transformer_config.py: above the number of groups, several ranks share one group's key and value head.
+    if groups % tensor and tensor % groups:
+        yield not_accepted(
+            "parallel.tensor", tensor, f"a divisor or a multiple of the model's num_key_value_heads ({groups})"
+        )
+    if heads % groups:
+        yield Refusal(
+            "model.path", f"holds a config.json with {heads} num_attention_heads; accepted: a multiple of {groups}"
+        )
+    tokens = recipe.rollout.max_prompt_tokens + recipe.rollout.max_response_tokens
+    if tokens > shapes["max_position_embeddings"]:
+        yield not_accepted(
+            "rollout.max_response_tokens",
+            recipe.rollout.max_response_tokens,
+            f"together with rollout.max_prompt_tokens ({recipe.rollout.max_prompt_tokens}) at most the model's "
+            f"max_position_embeddings ({shapes['max_position_embeddings']})",
+        )
+
+
+def _check_layers(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusal]:
+    parallel, layers = recipe.parallel, shapes["num_hidden_layers"]
+    if layers % parallel.pipeline:
+        yield not_accepted(
+            "parallel.pipeline",
+            parallel.pipeline,
+            f"a divisor of the model's num_hidden_layers ({layers}): {_divisors(layers)}",
+        )
+    elif layers // parallel.pipeline % (parallel.virtual_pipeline or 1):
+        yield not_accepted(
+            "parallel.virtual_pipeline",
+            parallel.virtual_pipeline,
+            f"a divisor of a pipeline rank's {layers // parallel.pipeline} layers: {_divisors(layers // parallel.pipeline)}",
+        )
+    all_moe = shapes["model_type"] == "qwen3_moe" and not (
+        shapes.get("mlp_only_layers") or shapes.get("decoder_sparse_step", 1) != 1
+    )
+    if not all_moe and shapes["intermediate_size"] % parallel.tensor:
+        yield not_accepted(
+            "parallel.tensor",
+            parallel.tensor,
+            f"a divisor of the model's intermediate_size ({shapes['intermediate_size']})",
+        )
+
+
+def _check_experts(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusal]:
+    parallel = recipe.parallel
+    experts, active = shapes["num_experts"], shapes["num_experts_per_tok"]
+    width, expert_tensor = shapes["moe_intermediate_size"], parallel.expert_tensor_size
+    if experts % parallel.expert:
+        yield not_accepted(
+            "parallel.expert",
+            parallel.expert,
+            f"a divisor of the model's num_experts ({experts}): {_divisors(experts)}",
+        )
+    if width % expert_tensor:
+        yield not_accepted(
+            "parallel.expert_tensor",
+            expert_tensor,
+            f"a divisor of the model's moe_intermediate_size ({width}); null takes parallel.tensor ({parallel.tensor})",
+        )
+    if active > experts:
+        yield Refusal(
+            "model.path", f"holds a config.json with {active} num_experts_per_tok; accepted: at most {experts}"
+        )
+
+
+def _check_dense(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusal]:
+    parallel, because = recipe.parallel, "for a dense model (model_type qwen3), which has no experts"
+    if parallel.expert > 1:
+        yield not_accepted("parallel.expert", parallel.expert, f"1 {because}")
+    if parallel.expert_tensor is not None:
+        yield not_accepted("parallel.expert_tensor", parallel.expert_tensor, f"null {because}")
+    if recipe.routing.replay != "off":
+        yield not_accepted("routing.replay", recipe.routing.replay, f"off {because}")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

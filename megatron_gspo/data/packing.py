@@ -1,0 +1,130 @@
+"""Arranges samples into packed micro-batches.
+
+In: samples of very different lengths, and a token budget. Out: a plan, which says what samples go together, and for each
+part of it the `MicroBatch` that the model reads. The plan is made once a step, so that the old-policy pass and the updates
+see the same micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from megatron_gspo.types import MicroBatch, Sample
+
+_FEWEST_TOKENS = 2  # of a micro-batch without samples: it passes through layers that take no empty input
+
+
+class _Bins:
+    """Room left in bins 0, 1, 2, …, with the first bin of enough room found in O(log bins).
+
+    A heap-ordered tree: leaf `size + i` holds bin i's room, and every inner node the larger of its two children's.
+    """
+
+    def __init__(self, num_bins: int, room: int) -> None:
+        self._size = 1 << max(0, num_bins - 1).bit_length()
+        self._room = [room] * (2 * self._size)
+
+    def take_first(self, amount: int) -> int:
+        """The first bin with at least `amount` of room, from which it is taken."""
+        node = 1
+        while node < self._size:
+            node *= 2
+            if self._room[node] < amount:
+                node += 1
+        found = node - self._size
+        self._room[node] -= amount
+        while node > 1:
+            node //= 2
+            self._room[node] = max(self._room[2 * node], self._room[2 * node + 1])
+        return found
+
+
+def plan_micro_batches(num_tokens: Sequence[int], token_budget: int) -> list[list[int]]:
+    """What samples go into which micro-batch: first-fit decreasing, in O(n log n), and the same for the same lengths.
+
+    Args:
+        num_tokens: each sample's tokens, prompt and response together.
+        token_budget: tokens a micro-batch is filled to at most; a longer sample is a micro-batch of its own.
+
+    Returns:
+        Indices into `num_tokens`, each exactly once, ascending in every micro-batch; micro-batches with the longest
+        samples first. No two micro-batches could be one.
+    """
+    assert token_budget > 0, "the recipe's check holds this"
+    longest_first = sorted(range(len(num_tokens)), key=lambda index: (-num_tokens[index], index))
+    plan = [[index] for index in longest_first if num_tokens[index] > token_budget]
+    fitting = longest_first[len(plan) :]
+    bins = _Bins(len(fitting), token_budget)
+    filled: dict[int, list[int]] = {}
+    for index in fitting:
+        filled.setdefault(bins.take_first(num_tokens[index]), []).append(index)
+    return plan + [sorted(indices) for indices in filled.values()]
+
+
+def fill_fraction(plan: Sequence[Sequence[int]], num_tokens: Sequence[int], token_budget: int) -> float:
+    """The share of the plan's token budget that samples fill; a longer-than-budget micro-batch counts as full."""
+    sums = [sum(num_tokens[index] for index in indices) for indices in plan]
+    return sum(sums) / sum(max(total, token_budget) for total in sums)
+
+
+def pack(
+    samples: Sequence[Sample], *, pad_to_multiple: int, pad_token_id: int, device: torch.device | str
+) -> MicroBatch:
+    """Lay samples one after the other, each prompt followed by its response.
+
+    Args:
+        samples: in packing order; every prompt and response has at least one token. Without any, the micro-batch is
+            padding alone, which keeps a rank in step with others that have more.
+        pad_to_multiple: the packed length is a multiple of this; padding is a segment of its own at the end.
+        pad_token_id: what padding holds; nothing attends to it from outside its segment.
+        device: where the tensors go.
+    """
+    prompt_lengths = np.array([len(sample.prompt_token_ids) for sample in samples], dtype=np.int64)
+    response_lengths = np.array([len(sample.response_token_ids) for sample in samples], dtype=np.int64)
+    assert (prompt_lengths > 0).all(), "a response's first token is predicted by its prompt's last"
+    assert (response_lengths > 0).all(), "a response has at least one token"
+    assert all(len(s.behaviour_log_probs) == len(s.response_token_ids) for s in samples), (
+        "one log-prob a response token"
+    )
+
+    num_sample_tokens = int(prompt_lengths.sum() + response_lengths.sum())
+    wanted = num_sample_tokens if samples else _FEWEST_TOKENS
+    num_padding = -(-wanted // pad_to_multiple) * pad_to_multiple - num_sample_tokens
+    segment_lengths = prompt_lengths + response_lengths
+    if num_padding:
+        segment_lengths = np.append(segment_lengths, num_padding)
+    segment_ends = np.cumsum(segment_lengths)
+
+    response_starts = segment_ends[: len(samples)] - response_lengths
+    sequences = [ids for sample in samples for ids in (sample.prompt_token_ids, sample.response_token_ids)]
+    padding = np.full(num_padding, pad_token_id, dtype=np.int64)
+
+    def tensor(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=dtype)
+
+    return MicroBatch(
+        token_ids=tensor(np.concatenate([*sequences, padding]), torch.int64),
+        position_ids=tensor(_count_up(np.zeros_like(segment_lengths), segment_lengths), torch.int64),
+        segment_cu_seqlens=tensor(np.concatenate([[0], segment_ends]), torch.int32),
+        max_segment_tokens=int(segment_lengths.max()),
+        predicting_positions=tensor(_count_up(response_starts - 1, response_lengths), torch.int64),
+        target_token_ids=tensor(_join([s.response_token_ids for s in samples], np.int64), torch.int64),
+        response_cu_seqlens=tensor(np.concatenate([[0], np.cumsum(response_lengths)]), torch.int64),
+        sample_indices=tuple(sample.index for sample in samples),
+        advantages=tensor(np.array([sample.advantage for sample in samples], dtype=np.float32), torch.float32),
+        behaviour_log_probs=tensor(_join([s.behaviour_log_probs for s in samples], np.float32), torch.float32),
+        num_padding_tokens=num_padding,
+    )
+
+
+def _count_up(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, … for `length` entries, for every start in turn: [sum of lengths] int64."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(starts - before, lengths)
+
+
+def _join(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=dtype), *parts])

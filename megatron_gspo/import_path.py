@@ -1,0 +1,30 @@
+"""`package.module:attribute`: how a recipe names code of one's own (a task, a reward, an objective)."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+
+from megatron_gspo.types import UserError
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_import_path(name: str) -> bool:
+    """Whether `name` has the form `package.module:attribute`."""
+    return _IMPORT_PATH.fullmatch(name) is not None
+
+
+def import_attribute(import_path: str) -> object:
+    """The attribute that `package.module:attribute` names.
+
+    Raises:
+        UserError: the module cannot be found or imported, or has no such attribute.
+    """
+    module_name, _, attribute = import_path.partition(":")
+    try:
+        return getattr(import_module(module_name), attribute)
+    except ImportError as error:
+        raise UserError(f"{import_path!r} cannot be imported: {error}") from error
+    except AttributeError as error:
+        raise UserError(f"{import_path!r}: module {module_name!r} has no attribute {attribute!r}") from error

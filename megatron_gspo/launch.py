@@ -1,0 +1,78 @@
+"""Starts the ranks of a run on this machine, where nobody else has.
+
+In: the number of ranks and the program's own arguments. Out: the exit status of the run: 0 when every rank ended well,
+else that of the rank that failed first. Under torchrun or srun the ranks exist already and this is not used.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+#: How long ranks get to end by themselves after one has failed, before they are killed.
+GRACE_S = 10.0
+
+
+def started_by_launcher() -> bool:
+    """True where torchrun or srun has started this process as one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
+    """Run `python -m megatron_gspo ARGUMENTS` as `num_ranks` ranks on this machine, and wait for them.
+
+    SIGINT, SIGTERM and SIGUSR1 are passed on. When a rank fails the others are ended: they would wait for it for ever.
+    """
+    environment = os.environ | {
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks))),
+    }
+    command = [sys.executable, "-m", "megatron_gspo", *arguments]
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(num_ranks)
+    ]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda received, _frame: [rank.send_signal(received) for rank in ranks])
+    try:
+        return _wait(ranks)
+    finally:
+        _end(ranks)
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+    while True:
+        statuses = [rank.poll() for rank in ranks]
+        failed = next((status for status in statuses if status not in (None, 0)), None)
+        if failed is not None:
+            # A rank that a signal ended reads as a negative status; shells say 128 + signal.
+            return failed if failed > 0 else 128 - failed
+        if all(status == 0 for status in statuses):
+            return 0
+        time.sleep(0.05)
+
+
+def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.terminate()
+    deadline = time.monotonic() + GRACE_S
+    for rank in ranks:
+        try:
+            rank.wait(timeout=max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            rank.kill()
+            rank.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

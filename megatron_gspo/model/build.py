@@ -1,0 +1,273 @@
+"""From a Hugging Face configuration to this rank's part of the policy model.
+
+In: a checkpoint directory's `config.json` (Qwen3-MoE or dense Qwen3) and the recipe's model and parallel sections. Out:
+`PolicyModel` chunks on this rank's device, one a virtual pipeline stage (usually one), their weights still undefined:
+`hf_weights.load_or_initialize_weights` fills them. What Megatron cannot compute as Hugging Face does is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.functional import silu
+from transformers import Qwen3Config, Qwen3MoeConfig
+
+from megatron_gspo.config import ModelSection, ParallelSection
+from megatron_gspo.model.experts import ROW_ALIGNMENT_BYTES
+from megatron_gspo.model.layer_spec import decoder_layers
+from megatron_gspo.model.policy import PolicyModel
+from megatron_gspo.platform import detect_machine, device
+from megatron_gspo.types import UserError
+
+HfConfig = Qwen3Config | Qwen3MoeConfig
+
+_CONFIG_CLASSES: dict[str, type[HfConfig]] = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+
+
+def build_policy(
+    source: Path | HfConfig,
+    model: ModelSection,
+    parallel: ParallelSection,
+    *,
+    load_balance_coefficient: float = 0.0,
+) -> list[PolicyModel]:
+    """Build this rank's chunks of the model; the weights are undefined until they are loaded or initialised.
+
+    Args:
+        source: a checkpoint directory, or a configuration (`model.path` is not read).
+        model: `dtype`, `spec`, `recompute` and `log_probs_chunk_tokens` are used.
+        parallel: the sizes `parallel.initialize_model_parallel` was given.
+        load_balance_coefficient: weight of the router's auxiliary load-balance loss; 0 in reinforcement learning, where
+            the routing is to follow the reward alone.
+
+    Raises:
+        UserError: an unknown or unsupported model, or sizes that do not divide it.
+    """
+    hf_config = read_hf_config(source) if isinstance(source, Path) else source
+    check_layout(hf_config, model, parallel)
+    config = transformer_config(hf_config, model, parallel, load_balance_coefficient=load_balance_coefficient)
+    num_chunks = parallel.virtual_pipeline or 1
+    return [
+        _build_chunk(hf_config, config, model, virtual_stage=index if num_chunks > 1 else None)
+        for index in range(num_chunks)
+    ]
+
+
+def read_hf_config(path: Path) -> HfConfig:
+    """The configuration in a checkpoint directory.
+
+    Raises:
+        UserError: there is none, it is not JSON, or it is not of a supported model.
+    """
+    file = path / "config.json"
+    try:
+        model_type = json.loads(file.read_text()).get("model_type")
+    except OSError as error:
+        raise UserError(f"model.path: {file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from error
+    if model_type not in _CONFIG_CLASSES:
+        accepted = ", ".join(_CONFIG_CLASSES)
+        raise UserError(f"{file}: model_type is {model_type!r}, and the accepted ones are {accepted}")
+    return _CONFIG_CLASSES[model_type].from_pretrained(path)
+
+
+def transformer_config(
+    hf_config: HfConfig, model: ModelSection, parallel: ParallelSection, *, load_balance_coefficient: float = 0.0
+) -> TransformerConfig:
+    """Megatron's configuration of the same model.
+
+    Gradients are summed, not averaged, over micro-batches and data-parallel ranks (`calculate_per_token_loss`): the
+    denominators of the losses are global.
+
+    Raises:
+        UserError: the model uses something that is not supported.
+    """
+    _check_supported(hf_config)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
+    machine = detect_machine()
+    with_engine = uses_transformer_engine(model)
+    with warnings.catch_warnings():
+        # Megatron warns that recomputing the core attention may be needless with Transformer Engine.
+        warnings.filterwarnings("ignore", message="If you are using transformer_engine")
+        return TransformerConfig(
+            num_layers=hf_config.num_hidden_layers,
+            hidden_size=hf_config.hidden_size,
+            ffn_hidden_size=hf_config.intermediate_size,
+            num_attention_heads=hf_config.num_attention_heads,
+            num_query_groups=hf_config.num_key_value_heads,
+            kv_channels=head_size(hf_config),
+            qk_layernorm=True,
+            normalization="RMSNorm",
+            layernorm_epsilon=hf_config.rms_norm_eps,
+            activation_func=silu,
+            gated_linear_unit=True,
+            add_bias_linear=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            **_moe_options(hf_config, load_balance_coefficient),
+            **_recompute_options(hf_config, model),
+            tensor_model_parallel_size=parallel.tensor,
+            sequence_parallel=parallel.tensor > 1,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            pipeline_dtype=dtype,
+            variable_seq_lengths=True,  # packed micro-batches differ in length
+            params_dtype=dtype,
+            bf16=dtype == torch.bfloat16,
+            calculate_per_token_loss=True,
+            bias_activation_fusion=with_engine,
+            apply_rope_fusion=with_engine,
+            gradient_accumulation_fusion=machine.has_cuda and machine.apex,
+            # The weights come from `hf_weights`. Initialisation itself cannot be off: it is what marks parameters as
+            # sharded, without which Megatron counts most of them once a rank too few in the gradient norm.
+            perform_initialization=True,
+            init_method=_leave_undefined,
+            output_layer_init_method=_leave_undefined,
+            embedding_init_method=_leave_undefined,
+        )
+
+
+def check_layout(hf_config: HfConfig, model: ModelSection, parallel: ParallelSection) -> None:
+    """Refuse parallel sizes that do not divide what they split.
+
+    Raises:
+        UserError: naming the recipe's field, its value, and what it must divide.
+    """
+    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    splits = [
+        ("parallel.tensor", parallel.tensor, "num_attention_heads", hf_config.num_attention_heads),
+        ("parallel.tensor", parallel.tensor, "num_key_value_heads", hf_config.num_key_value_heads),
+        ("parallel.tensor", parallel.tensor, "vocab_size", hf_config.vocab_size),
+        ("parallel.tensor", parallel.tensor, "intermediate_size", hf_config.intermediate_size),
+        ("parallel.pipeline times virtual_pipeline", stages, "num_hidden_layers", hf_config.num_hidden_layers),
+    ]
+    if isinstance(hf_config, Qwen3MoeConfig):
+        expert_tensor = parallel.expert_tensor or parallel.tensor
+        splits += [
+            ("parallel.expert", parallel.expert, "num_experts", hf_config.num_experts),
+            ("parallel.expert_tensor", expert_tensor, "moe_intermediate_size", hf_config.moe_intermediate_size),
+        ]
+        _check_expert_width(hf_config, model, expert_tensor)
+    elif parallel.expert > 1:
+        raise UserError(f"parallel.expert is {parallel.expert}, but a {hf_config.model_type} model has no experts")
+    for field, size, name, whole in splits:
+        if whole % size:
+            raise UserError(f"{field} is {size}, which does not divide the model's {name}, {whole}")
+    if parallel.context > 1:
+        raise UserError(f"parallel.context is {parallel.context}, and only 1 is supported so far")
+    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
+        raise UserError("parallel.virtual_pipeline needs parallel.pipeline above 1")
+
+
+def uses_transformer_engine(model: ModelSection) -> bool:
+    """Whether `model.spec` comes out as Transformer Engine's layers on this machine.
+
+    Raises:
+        UserError: it is asked for and not installed.
+    """
+    machine = detect_machine()
+    available = machine.transformer_engine is not None and machine.has_cuda
+    if model.spec == "transformer_engine" and not available:
+        raise UserError(
+            "model.spec is transformer_engine, but this machine has no Transformer Engine with a GPU; "
+            "`auto` and `local` work here"
+        )
+    return available and model.spec != "local"
+
+
+def head_size(hf_config: HfConfig) -> int:
+    """Dimensions of an attention head; Qwen3-MoE's configuration may leave it to the other sizes."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def _build_chunk(
+    hf_config: HfConfig, config: TransformerConfig, model: ModelSection, *, virtual_stage: int | None
+) -> PolicyModel:
+    policy = PolicyModel(
+        config=config,
+        transformer_layer_spec=decoder_layers(
+            config, use_transformer_engine=uses_transformer_engine(model), virtual_stage=virtual_stage
+        ),
+        vocab_size=hf_config.vocab_size,
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        rotary_base=hf_config.rope_parameters["rope_theta"],
+        vp_stage=virtual_stage,
+        log_probs_chunk_tokens=model.log_probs_chunk_tokens,
+    )
+    return policy.to(device())
+
+
+def _moe_options(hf_config: HfConfig, load_balance_coefficient: float) -> dict[str, object]:
+    if not isinstance(hf_config, Qwen3MoeConfig):
+        return {}
+    pattern = [
+        int(layer not in hf_config.mlp_only_layers and (layer + 1) % hf_config.decoder_sparse_step == 0)
+        for layer in range(hf_config.num_hidden_layers)
+    ]
+    return {
+        "num_moe_experts": hf_config.num_experts,
+        "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
+        # 1 for "every layer": with a list Megatron numbers the layers in checkpoints one by one.
+        "moe_layer_freq": 1 if all(pattern) else pattern,
+        "moe_router_topk": hf_config.num_experts_per_tok,
+        # Softmax over the chosen experts equals softmax over all of them, renormalised.
+        "moe_router_pre_softmax": not hf_config.norm_topk_prob,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if load_balance_coefficient else "none",
+        "moe_aux_loss_coeff": load_balance_coefficient,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": True,
+    }
+
+
+def _recompute_options(hf_config: HfConfig, model: ModelSection) -> dict[str, object]:
+    if model.recompute == "none":
+        return {}
+    if model.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    experts = ["moe_act"] if isinstance(hf_config, Qwen3MoeConfig) else []
+    return {"recompute_granularity": "selective", "recompute_modules": ["core_attn", *experts]}
+
+
+def _check_supported(hf_config: HfConfig) -> None:
+    rope_type = (hf_config.rope_parameters or {}).get("rope_type", "default")
+    requirements = [
+        ("hidden_act", hf_config.hidden_act, "silu"),
+        ("attention_bias", hf_config.attention_bias, False),
+        ("use_sliding_window", hf_config.use_sliding_window, False),
+        ("rope_parameters.rope_type", rope_type, "default"),
+    ]
+    for name, given, accepted in requirements:
+        if given != accepted:
+            raise UserError(f"config.json: {name} is {given!r}, and only {accepted!r} is supported")
+    if isinstance(hf_config, Qwen3MoeConfig) and hf_config.num_experts_per_tok == 1 and hf_config.norm_topk_prob:
+        raise UserError(
+            "config.json: num_experts_per_tok 1 with norm_topk_prob makes every gate 1, so that the router cannot learn"
+        )
+
+
+def _check_expert_width(hf_config: Qwen3MoeConfig, model: ModelSection, expert_tensor: int) -> None:
+    """The grouped products of the local layers want aligned rows (Transformer Engine pads by itself)."""
+    element_bytes = 2 if model.dtype == "bfloat16" else 4
+    for name, width in (
+        ("hidden_size", hf_config.hidden_size),
+        (f"moe_intermediate_size / {expert_tensor}", hf_config.moe_intermediate_size // expert_tensor),
+    ):
+        if not uses_transformer_engine(model) and width * element_bytes % ROW_ALIGNMENT_BYTES:
+            multiple = ROW_ALIGNMENT_BYTES // element_bytes
+            raise UserError(f"the model's {name} is {width}, which must be a multiple of {multiple} in {model.dtype}")
+
+
+def _leave_undefined(weight: torch.Tensor) -> None:
+    """Megatron's hook for initialising a weight."""

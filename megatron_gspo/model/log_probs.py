@@ -1,0 +1,261 @@
+"""From final hidden states to the log-probability and entropy of every response token.
+
+In: the hidden states that predict response tokens, and this rank's rows of the output layer. Out: log π(target) and the
+entropy of π, both at the sampling temperature, because that is the distribution a rollout engine sampled from; the
+importance ratios of eqs. 3, 7 and 14 are differences of these log-probs.
+
+Logits exist for one chunk of tokens at a time, in the forward pass and again, recomputed, in the backward pass: with a
+vocabulary of 151,936 the full matrix would take 0.6 MB a token, several times over. Both passes are written out below
+because autograd would keep every chunk's logits alive until the backward pass.
+
+Shape legend: T tokens, C tokens of a chunk, H hidden size, V vocabulary, R rows of the vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
+    tensor_parallel_group: dist.ProcessGroup | None = None,
+    with_entropy: bool = True,
+    vocabulary_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each target and entropy of the distribution it was drawn from, at `temperature`.
+
+    Args:
+        hidden: [T, H] float32 or bfloat16, what the output layer reads. T may be 0; the graph stays connected.
+        weight: [R, H], this rank's rows of the output layer; ranks hold equally many, in rank order.
+        targets: [T] int64, token ids in the whole vocabulary.
+        temperature: logits are divided by it; above 0.
+        chunk_tokens: tokens whose logits exist at one time.
+        tensor_parallel_group: the ranks among which the vocabulary is divided; None when this rank has all of it.
+            Every rank of the group passes the same hidden states and targets.
+        with_entropy: also return the entropy; without it the forward pass saves one pass over the logits.
+        vocabulary_size: V where the last of all rows are padding, which then have no probability and no gradient;
+            None when every row is a token.
+
+    Returns:
+        Log-probs [T] and entropies [T] in nats (None without `with_entropy`), float32 (float64 for float64 input).
+        Gradients flow through both. The gradient of `hidden` is the part owed to this rank's rows: whatever gave
+        `hidden` to all ranks of the group sums it over them, as for any column-parallel layer.
+
+    Under tensor parallelism all ranks of the group must call this and pass the same gradients back, which follows when
+    they compute the same loss. The backward pass relies on it: each rank by itself leaves out the tokens whose incoming
+    gradients are exactly 0 (clipped responses, groups of equal rewards), and it communicates nothing.
+    """
+    assert temperature > 0, "log-probs of greedy sampling are taken at temperature 1"
+    shard = _VocabularyShard.of(weight, tensor_parallel_group, vocabulary_size)
+    if targets.numel():
+        low, high = (int(bound) for bound in targets.aminmax())
+        assert 0 <= low <= high < shard.vocabulary_size, "a target lies outside the vocabulary"
+    log_probs, entropy = _TokenLogProbs.apply(hidden, weight, targets, shard, temperature, chunk_tokens, with_entropy)
+    return log_probs, entropy
+
+
+@dataclass(frozen=True)
+class _VocabularyShard:
+    """Which tokens this rank's rows stand for."""
+
+    group: dist.ProcessGroup | None
+    first: int  # token id of this rank's first row
+    num_rows: int  # R without padding; may be 0 on the last ranks of a small vocabulary
+    vocabulary_size: int
+
+    @classmethod
+    def of(cls, weight: Tensor, group: dist.ProcessGroup | None, vocabulary_size: int | None) -> _VocabularyShard:
+        rank, num_ranks = (group.rank(), group.size()) if group is not None else (0, 1)
+        num_padded_rows = weight.shape[0]
+        vocabulary_size = num_ranks * num_padded_rows if vocabulary_size is None else vocabulary_size
+        assert vocabulary_size <= num_ranks * num_padded_rows, (
+            "the shards hold fewer rows than the vocabulary has tokens"
+        )
+        first = rank * num_padded_rows
+        return cls(group, first, min(max(vocabulary_size - first, 0), num_padded_rows), vocabulary_size)
+
+    def locate(self, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Each target's row here (0 where another rank has it), and whether this rank has it."""
+        rows = targets - self.first
+        owned = (rows >= 0) & (rows < self.num_rows)
+        return rows.where(owned, 0), owned
+
+
+class _Context(FunctionCtx):
+    """What the forward pass leaves for the backward pass."""
+
+    saved_tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+    needs_input_grad: tuple[bool, ...]
+    shard: _VocabularyShard
+    temperature: float
+    chunk_tokens: int
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: _Context,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        shard: _VocabularyShard,
+        temperature: float,
+        chunk_tokens: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        rows = _rows_to_multiply(hidden, weight, shard)
+        statistics = _Statistics.empty(hidden, rows)
+        if shard.num_rows:
+            for start in range(0, len(targets), chunk_tokens):
+                chunk = slice(start, start + chunk_tokens)
+                logits = _scaled_logits(hidden[chunk], rows, temperature)
+                statistics.set_chunk(chunk, logits, *shard.locate(targets[chunk]), with_entropy)
+        statistics.reduce(shard.group)
+
+        log_normalizer = statistics.maximum + statistics.sum_exp.log()
+        log_probs = statistics.target - log_normalizer
+        # With s = logit - maximum: H = log Σe^s - Σ s·e^s / Σe^s.
+        entropy = statistics.sum_exp.log() - statistics.weighted / statistics.sum_exp if with_entropy else None
+        ctx.save_for_backward(hidden, weight, targets, log_normalizer, entropy)  # type: ignore[arg-type]  # None is allowed
+        ctx.set_materialize_grads(False)
+        ctx.shard, ctx.temperature, ctx.chunk_tokens = shard, temperature, chunk_tokens
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: _Context, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+        hidden, weight, targets, log_normalizer, entropy = ctx.saved_tensors
+        rows = _rows_to_multiply(hidden, weight, ctx.shard)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        # One accumulator for all chunks, in the precision of the logits whatever the weight's.
+        grad_weight = weight.new_zeros(weight.shape, dtype=log_normalizer.dtype) if needs_weight else None
+
+        carries_gradient = torch.zeros_like(targets, dtype=torch.bool)
+        for gradient in (grad_log_probs, grad_entropy):
+            if gradient is not None:
+                carries_gradient |= gradient != 0
+        tokens = carries_gradient.nonzero().squeeze(1)
+        for start in range(0, len(tokens) if ctx.shard.num_rows else 0, ctx.chunk_tokens):
+            chunk = tokens[start : start + ctx.chunk_tokens]
+            hidden_chunk = hidden[chunk]
+            grad_logits = _logits_gradient(
+                _scaled_logits(hidden_chunk, rows, ctx.temperature).sub_(log_normalizer[chunk, None]),
+                *ctx.shard.locate(targets[chunk]),
+                None if grad_log_probs is None else grad_log_probs[chunk],
+                None if grad_entropy is None or entropy is None else (grad_entropy[chunk], entropy[chunk]),
+            )
+            grad_logits = grad_logits.div_(ctx.temperature).to(rows.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = (grad_logits @ rows).to(hidden.dtype)
+            if grad_weight is not None:
+                _add_product(grad_weight[: ctx.shard.num_rows], grad_logits.t(), hidden_chunk.to(rows.dtype))
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
+
+
+@dataclass
+class _Statistics:
+    """What the log-probs and entropies of T tokens need to know of the logits: four numbers a token, [T] each."""
+
+    maximum: Tensor  # m = max logit
+    sum_exp: Tensor  # Σ e^(logit - m)
+    weighted: Tensor  # Σ (logit - m) e^(logit - m)
+    target: Tensor  # the target's logit; 0 on ranks that do not have it
+
+    @classmethod
+    def empty(cls, hidden: Tensor, rows: Tensor) -> _Statistics:
+        """Those of a shard without rows. The maximum is finite, so that rescaling its zeros cannot give a NaN."""
+        zeros = hidden.new_zeros(3, len(hidden), dtype=_logits_dtype(rows.dtype))
+        return cls(torch.full_like(zeros[0], torch.finfo(zeros.dtype).min), *zeros)
+
+    def set_chunk(self, chunk: slice, logits: Tensor, target_rows: Tensor, owned: Tensor, with_entropy: bool) -> None:
+        """Fill in one chunk's; overwrites `logits` [C, R]."""
+        self.target[chunk] = logits.gather(1, target_rows[:, None]).squeeze(1).where(owned, 0)
+        self.maximum[chunk] = logits.amax(dim=1)
+        shifted = logits.sub_(self.maximum[chunk, None])
+        exponentials = shifted.exp()
+        self.sum_exp[chunk] = exponentials.sum(dim=1)
+        if with_entropy:
+            self.weighted[chunk] = exponentials.mul_(shifted).sum(dim=1)
+
+    def reduce(self, group: dist.ProcessGroup | None) -> None:
+        """From the shards' to the whole vocabulary's, in two collectives a call whatever the number of chunks."""
+        if group is None or group.size() == 1 or not len(self.maximum):
+            return
+        shard_maximum = self.maximum
+        self.maximum = shard_maximum.clone()
+        dist.all_reduce(self.maximum, dist.ReduceOp.MAX, group=group)
+        shift = shard_maximum - self.maximum
+        scale = shift.exp()
+        sums = torch.stack([scale * self.sum_exp, scale * (self.weighted + shift * self.sum_exp), self.target])
+        dist.all_reduce(sums, group=group)
+        self.sum_exp, self.weighted, self.target = sums
+
+
+def _logits_gradient(
+    log_p: Tensor,
+    target_rows: Tensor,
+    owned: Tensor,
+    grad_log_probs: Tensor | None,
+    entropy_term: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Gradient [C, R] with respect to the scaled logits z, where log p = z - log Σe^z (overwritten).
+
+    ∂ log p_target / ∂z_j = 1[j = target] - p_j and ∂H / ∂z_j = -p_j (log p_j + H).
+    """
+    p = log_p.exp()
+    if entropy_term is None:
+        assert grad_log_probs is not None
+        gradient = p.mul_(-grad_log_probs[:, None])
+    else:
+        grad_entropy, entropy = entropy_term
+        gradient = log_p.add_(entropy[:, None]).mul_(-grad_entropy[:, None])
+        if grad_log_probs is not None:
+            gradient.sub_(grad_log_probs[:, None])
+        gradient.mul_(p)
+    if grad_log_probs is not None:
+        gradient.scatter_add_(1, target_rows[:, None], grad_log_probs.where(owned, 0)[:, None])
+    return gradient
+
+
+def _rows_to_multiply(hidden: Tensor, weight: Tensor, shard: _VocabularyShard) -> Tensor:
+    """The shard's rows without padding, in the dtype the products are made in.
+
+    CUDA multiplies bfloat16 into float32 results. The CPU has no such product in torch 2.13, so there the rows are
+    converted, once a pass.
+    """
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return weight[: shard.num_rows].to(dtype if weight.is_cuda else _logits_dtype(dtype))
+
+
+def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scaled_logits(hidden: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    """Logits over temperature, [C, R] in float32 or wider."""
+    hidden = hidden.to(rows.dtype)
+    if rows.dtype == _logits_dtype(rows.dtype):
+        logits = hidden @ rows.t()
+    else:
+        logits = torch.mm(hidden, rows.t(), out_dtype=torch.float32)
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right in place, in `total`'s precision."""
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, out=total)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)

@@ -1,0 +1,191 @@
+"""The ranks of a run: who they are, how they are arranged, and the few collectives that more than one part needs.
+
+In: what torchrun or srun put in the environment, and the recipe's parallel sizes. Out: Megatron's process groups, seeded
+generators, and answers to "which share of the data is mine" and "what do all ranks say together".
+
+The layout is Megatron's: from the fastest to the slowest changing, tensor, context, data, pipeline. Experts are laid out
+over the same ranks by expert-tensor, expert, expert-data, pipeline.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_gspo.config import ParallelSection
+from megatron_gspo.platform import detect_machine, device, prepare_megatron
+from megatron_gspo.types import UserError
+
+prepare_megatron()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+
+T = TypeVar("T")
+
+
+def initialize_distributed(timeout_s: float = 1800.0) -> None:
+    """Join the other ranks: those torchrun or srun started, or none.
+
+    Under torchrun `RANK`, `LOCAL_RANK` and `WORLD_SIZE` say who this is; under srun `SLURM_PROCID`, `SLURM_LOCALID` and
+    `SLURM_STEP_NUM_TASKS`. Started plainly, this process is a world of its own. Does nothing where this was done before.
+
+    Raises:
+        UserError: there are other ranks but `MASTER_ADDR` and `MASTER_PORT` do not say where to meet them.
+    """
+    if dist.is_initialized():
+        return
+    rank, local_rank, world_size = _place_in_the_world(os.environ)
+    machine = detect_machine()
+    if machine.has_cuda:
+        torch.cuda.set_device(local_rank % machine.num_gpus)
+    # A world of one meets nobody: it needs neither address nor port.
+    store = dist.HashStore() if world_size == 1 else None
+    if store is None:
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise UserError(
+                    f"{world_size} ranks were started but {name} is not set; start them with torchrun, "
+                    "or export MASTER_ADDR and MASTER_PORT before srun"
+                )
+    dist.init_process_group(
+        machine.backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
+    """Arrange the ranks as `parallel` says and seed every generator; a former arrangement is given up.
+
+    `parallel.data` is not read: the number of data-parallel replicas is what the world size leaves.
+
+    Raises:
+        UserError: the sizes do not divide the number of ranks.
+    """
+    world_size = dist.get_world_size()
+    expert_tensor = parallel.expert_tensor or parallel.tensor
+    _check_divides(world_size, "tensor, context and pipeline", parallel.tensor * parallel.context * parallel.pipeline)
+    _check_divides(
+        world_size, "expert_tensor, expert and pipeline", expert_tensor * parallel.expert * parallel.pipeline
+    )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=expert_tensor,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def shutdown() -> None:
+    """Leave the other ranks and free all process groups; `initialize_distributed` may follow."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def data_rank() -> int:
+    """Which share of the data this rank works on; equal on all ranks that hold one copy of the model together."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def data_size() -> int:
+    """How many shares the data is cut into."""
+    return parallel_state.get_data_parallel_world_size()
+
+
+def is_data_leader() -> bool:
+    """Whether this rank drives its share of the data: the first of the ranks that hold one copy of the model."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+        and parallel_state.get_pipeline_model_parallel_rank() == 0
+    )
+
+
+def is_last_stage() -> bool:
+    """Whether this rank is on the last pipeline stage, where log-probs and losses are."""
+    return parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+
+
+def reports_metrics() -> bool:
+    """Whether this rank's measurements count: one rank a share of the data, where log-probs and losses are."""
+    return (
+        is_last_stage()
+        and parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_context_parallel_rank() == 0
+    )
+
+
+def is_main_rank() -> bool:
+    """Whether this rank speaks for the run: it logs and writes what exists once."""
+    return dist.get_rank() == 0
+
+
+def broadcast_from_data_leader(value: T | None) -> T:
+    """The data leader's `value` on every rank that holds the same copy of the model; the others may pass None."""
+    box = [value]
+    # Context-parallel ranks hold the same copy too, but Megatron's model-parallel group leaves them out: two hops.
+    context = parallel_state.get_context_parallel_group()
+    if context.size() > 1 and _is_first_of_model_parallel_group():
+        dist.broadcast_object_list(box, group=context, group_src=0)
+    group = parallel_state.get_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast_object_list(box, group=group, group_src=0)
+    return cast(T, box[0])
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's `value`, in rank order, on every rank."""
+    if dist.get_world_size() == 1:
+        return [value]
+    gathered: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return cast(list[T], gathered)
+
+
+def sum_over_data_ranks(values: Sequence[float]) -> list[float]:
+    """Each of `values`, summed over the shares of the data (one rank a share counts), in float64, on every rank."""
+    return _reduce_over_data_ranks(values, dist.ReduceOp.SUM)
+
+
+def max_over_data_ranks(value: int) -> int:
+    """The largest `value` of all shares of the data, on every rank."""
+    return round(_reduce_over_data_ranks([float(value)], dist.ReduceOp.MAX)[0])
+
+
+def _reduce_over_data_ranks(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+    totals = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(totals, op=operation, group=parallel_state.get_data_parallel_group())
+    return totals.tolist()
+
+
+def _is_first_of_model_parallel_group() -> bool:
+    return parallel_state.get_model_parallel_group().rank() == 0
+
+
+def _place_in_the_world(environment: os._Environ[str] | dict[str, str]) -> tuple[int, int, int]:
+    """(rank, rank on this machine, number of ranks) of this process."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank = int(environment["RANK"])
+        return rank, int(environment.get("LOCAL_RANK", rank)), int(environment["WORLD_SIZE"])
+    # SLURM_NTASKS is also set in a batch script that runs one process; the number of a step's tasks is srun's alone.
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        rank = int(environment["SLURM_PROCID"])
+        return rank, int(environment.get("SLURM_LOCALID", rank)), int(environment["SLURM_STEP_NUM_TASKS"])
+    return 0, 0, 1
+
+
+def _check_divides(world_size: int, fields: str, product: int) -> None:
+    if world_size % product:
+        raise UserError(
+            f"parallel.{{{fields}}} multiply to {product}, which does not divide the number of ranks, {world_size}"
+        )

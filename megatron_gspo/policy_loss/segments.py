@@ -1,0 +1,50 @@
+"""Packed responses: which tokens belong to which response, and sums, means and broadcasts along that.
+
+Shape legend of this package: T response tokens in the call, N responses. Response i owns tokens
+`cu_seqlens[i]:cu_seqlens[i + 1]`; there is no padding anywhere, so none can leak into a mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The N responses that T packed tokens belong to. A response without tokens is allowed and has sum and mean 0."""
+
+    cu_seqlens: torch.Tensor  # [N + 1] int32 or int64, from 0 to T, never falling
+    num_tokens: int  # T, known on the host so that nothing here waits for the device
+
+    @property
+    def num_responses(self) -> int:
+        """N."""
+        return len(self.cu_seqlens) - 1
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """[N] int64, tokens of each response."""
+        return self.cu_seqlens.diff().long()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum `values` [T] over each response: [N], differentiable, and deterministic on every device.
+
+        (`index_add_` would add in whatever order a GPU's threads arrive, and a run would not repeat bit for bit.)
+        """
+        return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, axis=0, initial=0)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Average `values` [T] over each response: [N], differentiable."""
+        return self.sum(values) / self.lengths.clamp(min=1)
+
+    def expand(self, values: torch.Tensor) -> torch.Tensor:
+        """Give every token its response's value: [N] to [T], as a constant (no gradient flows back)."""
+        return torch.repeat_interleave(values.detach(), self.lengths, output_size=self.num_tokens)
+
+    def locate(self, token: int) -> tuple[int, int]:
+        """The response that packed token `token` belongs to, and its position there, both from 0. Waits for the device."""
+        response = int(torch.searchsorted(self.cu_seqlens, token, right=True)) - 1
+        return response, token - int(self.cu_seqlens[response])

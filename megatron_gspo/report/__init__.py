@@ -1,0 +1,1 @@
+"""The run directory: writing it during a run, and reading it afterwards."""

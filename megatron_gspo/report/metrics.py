@@ -1,0 +1,116 @@
+"""Writes the run directory.
+
+    recipe.yaml        the recipe, fully resolved
+    environment.json   versions, hardware, git commit
+    metrics.jsonl      one JSON object a step, flat keys; `step` and `policy_version` in each
+    log.txt            what the program said, with times
+    tensorboard/       the same metrics as TensorBoard events
+    checkpoints/       the policy, as saved by training
+
+In: flat metric dictionaries. Out: the files, each line whole and flushed when `write` returns.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+from megatron_gspo.types import UserError
+
+
+@dataclass
+class RunDirectory:
+    """An open run directory, on rank 0."""
+
+    path: Path
+    metrics_file: TextIO
+    log: logging.Handler
+    tensorboard: SummaryWriter | None
+    wandb_run: Any | None
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        recipe_yaml: str,
+        environment: Mapping[str, object],
+        *,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+    ) -> RunDirectory:
+        """Start a run in `path`.
+
+        Raises:
+            UserError: `path` holds a run already.
+        """
+        refuse_used_directory(path)
+        path.mkdir(parents=True, exist_ok=True)
+        log = logging.FileHandler(path / "log.txt")
+        log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger().addHandler(log)
+        (path / "recipe.yaml").write_text(recipe_yaml)
+        (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(path / "tensorboard"))
+        wandb_run = None
+        if wandb_project is not None:
+            wandb_run = _start_wandb(wandb_project, path, recipe_yaml)
+        return cls(path, (path / "metrics.jsonl").open("a"), log, writer, wandb_run)
+
+    def write(self, metrics: Mapping[str, float | int]) -> None:
+        """Append one step's metrics. A value that is not finite is written as null: JSON has no NaN."""
+        whole = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self.metrics_file.write(json.dumps(whole) + "\n")
+        self.metrics_file.flush()
+        step = int(metrics["step"])
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb_run is not None:
+            self.wandb_run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.metrics_file.close()
+        logging.getLogger().removeHandler(self.log)
+        self.log.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+
+def refuse_used_directory(path: Path) -> None:
+    """Raise `UserError` where `path` holds a run, or is no directory: a run never overwrites another."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--output-dir: {path} is not a directory")
+    if (path / "metrics.jsonl").exists():
+        raise UserError(f"--output-dir: {path} holds a run already (metrics.jsonl); name a new directory, or remove it")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def _start_wandb(project: str, path: Path, recipe_yaml: str) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "logging.wandb_project: Weights & Biases is not installed; pip install 'megatron-gspo[wandb]'"
+        ) from error
+    import yaml
+
+    return wandb.init(project=project, name=path.name, dir=str(path), config=yaml.safe_load(recipe_yaml))

@@ -1,0 +1,56 @@
+"""What the training loop asks of a rollout engine, whether it is a model in this process or servers behind HTTP.
+
+In: prompts and sampling settings; now and then the policy's new weights. Out: groups of responses with the log-probs of
+the policy that sampled them (π_θold of eqs. 2 and 6 when `rollout.old_log_probs` is `engine`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+
+from megatron_gspo.types import Prompt, Response, SamplingSettings
+
+
+class RolloutEngine(Protocol):
+    """Samples responses from the policy it was last given.
+
+    What every engine promises of a response:
+
+    - `token_ids` are the ids that were sampled, never text turned back into tokens. They end with the stop token when
+      `finish_reason` is "stop". "length" means that `max_response_tokens` were sampled without one, also where that is
+      the last of them; "abort" that the engine gave up before either, and the caller decides what that is worth.
+    - `log_probs` are of the distribution softmax(logits / temperature) over the whole vocabulary. `top_p` and `top_k`
+      restrict what can be sampled but do not renormalise them: the trainer recomputes the same quantity without knowing
+      the restriction. At temperature 0, where sampling is greedy, they are taken at temperature 1.
+    - `weight_version` is the version of the weights that sampled every one of its tokens.
+    - `routed_experts` is given by engines that can record it, and None otherwise.
+    """
+
+    @property
+    def weight_version(self) -> int:
+        """The version last passed to `update_weights`. RuntimeError before the first update has succeeded."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
+    ) -> list[tuple[Response, ...]]:
+        """Sample `responses_per_prompt` responses (G) to each prompt.
+
+        Returns one tuple of G responses a prompt, in the order of `prompts`. A prompt may occur more than once.
+        RuntimeError when there are no weights to sample from.
+        """
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace the policy.
+
+        `weights` yields every parameter once, whole, under the name it has in a Hugging Face checkpoint (each expert's
+        matrices under the expert's own names). It is consumed as it comes, so neither side holds a second copy of the
+        model, and a tensor may be overwritten by its producer once the next one has been asked for. UserError when a
+        parameter is missing, unknown, given twice or of the wrong shape; the engine then refuses to generate until an
+        update succeeds, because it may hold parts of two policies.
+        """
+
+    def close(self) -> None:
+        """Give back memory and processes. Closing twice is allowed; generating afterwards is a RuntimeError."""

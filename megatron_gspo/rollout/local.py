@@ -1,0 +1,160 @@
+"""The rollout engine in the trainer's process: a Transformers model, batched sampling with a key-value cache.
+
+In: prompts, and the policy's weights under their Hugging Face names. Out: responses as `engine.RolloutEngine` promises
+them. The trainer's own model does not generate, because Megatron-Core's inference needs CUDA; this engine runs wherever
+PyTorch does, and its log-probs come from an implementation of the policy that shares no code with the trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from megatron_gspo.rollout.decoding import decode
+from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
+
+SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
+
+
+class LocalEngine:
+    """Samples from a Transformers model whose weights are only ever set through `update_weights`."""
+
+    def __init__(
+        self,
+        config_path: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        max_concurrent_responses: int = 256,
+    ) -> None:
+        """Build the model, without weights.
+
+        Args:
+            config_path: Hugging Face checkpoint directory; only its `config.json` is read.
+            dtype: what the model computes in. Log-probs are float32 either way.
+            device: where the model and its key-value cache lie.
+            max_concurrent_responses: rows of a decoding batch. More responses are sampled batch after batch.
+
+        Raises:
+            UserError: when the directory holds no model this engine can run.
+        """
+        model = _build_model(config_path, dtype, torch.device(device))
+        self._model: PreTrainedModel | None = model
+        self._destinations = _parameters_by_checkpoint_name(model)
+        self._max_concurrent_responses = max_concurrent_responses
+        self._weight_version: int | None = None
+
+    @property
+    def weight_version(self) -> int:
+        """The version last passed to `update_weights`. RuntimeError while there are no weights to sample from."""
+        if self._weight_version is None:
+            raise RuntimeError(
+                "the rollout engine has no weights: update_weights has not succeeded yet, or it is closed"
+            )
+        return self._weight_version
+
+    @torch.no_grad()
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy each tensor into the model in place, converting its dtype; see `RolloutEngine.update_weights`."""
+        self._weight_version = None
+        missing = dict(self._destinations)
+        for name, tensor in weights:
+            destination = missing.pop(name, None)
+            if destination is None:
+                problem = "was given twice" if name in self._destinations else "is not a parameter of the rollout model"
+                raise UserError(f"weights version {version}: {name} {problem}")
+            if destination.shape != tensor.shape:
+                raise UserError(
+                    f"weights version {version}: {name} has shape {list(tensor.shape)}, "
+                    f"the rollout model's config makes it {list(destination.shape)}"
+                )
+            destination.copy_(tensor)
+        if missing:
+            raise UserError(
+                f"weights version {version}: {len(missing)} of {len(self._destinations)} parameters are missing, "
+                f"the first is {next(iter(missing))}"
+            )
+        self._weight_version = version
+
+    def generate(
+        self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
+    ) -> list[tuple[Response, ...]]:
+        """Sample G responses to each prompt; see `RolloutEngine.generate`.
+
+        The same call with the same weights and seed gives the same responses, and leaves global random states alone.
+        """
+        version, model = self.weight_version, self._model
+        assert model is not None, "an engine with a weight version has a model"
+        generator = torch.Generator().manual_seed(settings.seed)
+        wanted = [index for index in range(len(prompts)) for _ in range(responses_per_prompt)]
+        responses: list[Response] = []
+        for start in range(0, len(wanted), self._max_concurrent_responses):
+            batch = wanted[start : start + self._max_concurrent_responses]
+            first, last = batch[0], batch[-1]
+            token_ids = [prompt.token_ids for prompt in prompts[first : last + 1]]
+            sampled = decode(model, token_ids, [index - first for index in batch], settings, generator)
+            responses += [
+                Response(
+                    prompt_id=prompts[index].id,
+                    token_ids=tokens.token_ids,
+                    log_probs=tokens.log_probs,
+                    finish_reason="stop" if tokens.stopped else "length",
+                    weight_version=version,
+                )
+                for index, tokens in zip(batch, sampled, strict=True)
+            ]
+        groups = range(0, len(responses), responses_per_prompt)
+        return [tuple(responses[start : start + responses_per_prompt]) for start in groups]
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._model = None
+        self._destinations = {}
+        self._weight_version = None
+
+
+def _build_model(config_path: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A Transformers model with uninitialised weights, made for sampling."""
+    if not (config_path / "config.json").is_file():
+        raise UserError(f"model.path: {config_path} holds no config.json; give a Hugging Face checkpoint directory")
+    config = AutoConfig.from_pretrained(config_path)
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"{config_path}/config.json: model_type is {config.model_type!r}, "
+            f"the local rollout engine accepts {' and '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    if config.use_sliding_window:
+        raise UserError(
+            f"{config_path}/config.json: use_sliding_window is true, the local rollout engine accepts false"
+        )
+    # Measured on the CPU (8 layers, 16 experts, 128 rows): grouped_mm takes 0.6 of the eager experts' time.
+    with torch.device(device), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
+        )
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _parameters_by_checkpoint_name(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Where each tensor of a checkpoint goes: a parameter, or one expert's part of a fused one.
+
+    Transformers 5 keeps a layer's experts in two tensors, `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I], and
+    writes each expert's three matrices to disk.
+    """
+    destinations: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        experts, separator, projection = name.rpartition(".experts.")
+        if not separator:
+            destinations[name] = parameter
+            continue
+        for expert, matrix in enumerate(parameter.unbind()):
+            parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[projection]
+            for part, destination in zip(parts, matrix.chunk(len(parts)), strict=True):
+                destinations[f"{experts}.experts.{expert}.{part}.weight"] = destination
+    return destinations

@@ -1,0 +1,124 @@
+"""Builds what a run consists of, from its recipe.
+
+In: a recipe, on ranks whose process groups stand. Out: a `Run`: data, the policy with its optimizer, the reference policy
+where a KL penalty asks for one, and, on data leaders, the rollout engine with the reward.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gspo import parallel
+from megatron_gspo.config import Recipe, require_data_files
+from megatron_gspo.data.prompts import PromptStream, open_prompts
+from megatron_gspo.model.build import build_policy, read_hf_config
+from megatron_gspo.model.hf_weights import has_weights, initialize_weights, load_hf_weights
+from megatron_gspo.model.policy import PolicyModel
+from megatron_gspo.policy_loss import resolve_objective
+from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, build_trainable_policy
+from megatron_gspo.training.rollouts import Rollouts, hand_over_weights, load_tokenizer
+from megatron_gspo.types import UserError
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything a run holds on this rank."""
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptStream
+    held_out: PromptStream | None
+    policy: TrainablePolicy
+    reference: list[PolicyModel] | None
+    rollouts: Rollouts | None  # on data leaders
+
+    def close(self) -> None:
+        """Stop what runs beside the trainer."""
+        if self.rollouts is not None:
+            self.rollouts.close()
+
+
+def assemble(recipe: Recipe) -> Run:
+    """Build a run; the rollout engine holds the policy's weights when this returns.
+
+    Raises:
+        UserError: the recipe asks for what this version does not have, or its model, data or reward cannot be used.
+    """
+    if recipe.routing.replay != "off":
+        raise UserError(
+            f"routing.replay is {recipe.routing.replay!r}, which this version cannot train with; accepted: 'off'"
+        )
+    resolve_objective(recipe.objective.name)
+    require_data_files(recipe)
+    tokenizer = load_tokenizer(recipe.model.path)
+    max_prompt_tokens = recipe.rollout.max_prompt_tokens
+    prompts = open_prompts(recipe.data.train, "train", recipe.data, tokenizer, max_prompt_tokens, recipe.seed)
+    held_out = open_held_out(recipe, tokenizer)
+    models = build_models(recipe)
+    reference = None
+    if recipe.objective.kl_coefficient > 0:
+        reference = build_models(recipe)
+        _make_equal(reference, models)
+    run = Run(
+        recipe=recipe,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        held_out=held_out,
+        policy=build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe)),
+        reference=reference,
+        rollouts=Rollouts.of(recipe, tokenizer) if parallel.is_data_leader() else None,
+    )
+    hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
+    return run
+
+
+def open_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PromptStream | None:
+    """The evaluation's problems, where the recipe names any."""
+    data = recipe.data
+    if data.eval is None:
+        return None
+    return open_prompts(data.eval, "eval", data, tokenizer, recipe.rollout.max_prompt_tokens, recipe.seed)
+
+
+def build_models(recipe: Recipe, *, load_balance_coefficient: float = 0.0) -> list[PolicyModel]:
+    """The policy's chunks on this rank, with the checkpoint's weights, or random ones where it has none."""
+    path = recipe.model.path
+    hf_config = read_hf_config(path)
+    models = build_policy(
+        hf_config, recipe.model, recipe.parallel, load_balance_coefficient=load_balance_coefficient
+    )
+    if has_weights(path):
+        load_hf_weights(models, path)
+    else:
+        if parallel.is_main_rank():
+            logger.warning("%s holds no weights, only a configuration: the policy starts from random ones", path)
+        initialize_weights(models, seed=recipe.seed, initializer_range=hf_config.initializer_range)
+    return models
+
+
+def reinforcement_learning_rate(recipe: Recipe) -> LearningRate:
+    """The schedule of the recipe's `training` section."""
+    training = recipe.training
+    return LearningRate(
+        peak=training.learning_rate,
+        minimum=training.min_learning_rate,
+        warmup_updates=training.warmup_updates,
+        total_updates=training.steps * training.mini_batches,
+        shape=training.learning_rate_schedule,
+    )
+
+
+def _make_equal(target: list[PolicyModel], source: list[PolicyModel]) -> None:
+    """Give `target` the parameters of `source`, which need not have come from a checkpoint, and freeze it."""
+    with torch.no_grad():
+        for to_model, from_model in zip(target, source, strict=True):
+            for to_parameter, from_parameter in zip(to_model.parameters(), from_model.parameters(), strict=True):
+                to_parameter.copy_(from_parameter)
+                to_parameter.requires_grad_(False)

@@ -1,0 +1,153 @@
+"""From a step's prompts to scored groups, and from those to packed mini-batches.
+
+In: prompts, and the data leader's rollout engine and reward. Out: for every data-parallel rank its share of each mini-batch, as
+micro-batches of packed tokens, with the denominators of the whole mini-batch.
+
+Mini-batch j of m takes the step's prompts [j·P/m, (j + 1)·P/m), and data-parallel rank r of d the r-th of d equal parts
+of those: so what a mini-batch holds does not depend on the number of ranks, and a group never crosses ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_gspo import parallel
+from megatron_gspo.config import Recipe
+from megatron_gspo.data.packing import pack, plan_micro_batches
+from megatron_gspo.platform import device
+from megatron_gspo.policy_loss import group_advantages
+from megatron_gspo.training.rollouts import Rollouts
+from megatron_gspo.types import Group, MicroBatch, Prompt, Sample, SamplingSettings
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One step's groups on this data-parallel rank, mini-batch by mini-batch, and what making them cost."""
+
+    mini_batches: tuple[tuple[Group, ...], ...]
+    first_sample: tuple[int, ...]  # index in the step of each mini-batch's first response on this rank
+    num_failed_rewards: int
+    rollout_s: float
+    reward_s: float
+
+    @property
+    def groups(self) -> list[Group]:
+        """All of this rank's groups."""
+        return [group for mini_batch in self.mini_batches for group in mini_batch]
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """What one policy update learns from, on this rank; the counts are of all ranks."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    num_responses: int
+    num_tokens: int
+
+
+def collect_experience(
+    prompts: Sequence[Prompt], rollouts: Rollouts | None, recipe: Recipe, settings: SamplingSettings
+) -> Experience:
+    """Sample and score this data-parallel rank's groups.
+
+    The data leader does it (`rollouts` is None elsewhere); the others of its model-parallel group get them from it.
+    """
+    shares, first_sample = _shares(len(prompts), recipe)
+    experience = None
+    if rollouts is not None:
+        own = [prompts[position] for share in shares for position in share]
+        scored = rollouts.sample_and_score(own, recipe.rollout.responses_per_prompt, settings)
+        groups = iter(
+            Group(prompt, responses, rewards, _advantages(rewards, recipe))
+            for prompt, responses, rewards in zip(own, scored.responses, scored.rewards, strict=True)
+        )
+        experience = Experience(
+            mini_batches=tuple(tuple(next(groups) for _ in share) for share in shares),
+            first_sample=tuple(first_sample),
+            num_failed_rewards=scored.num_failed_rewards,
+            rollout_s=scored.rollout_s,
+            reward_s=scored.reward_s,
+        )
+    return parallel.broadcast_from_data_leader(experience)
+
+
+def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int) -> list[MiniBatch]:
+    """Pack every mini-batch's responses into micro-batches: the step's plan, which each of its passes uses."""
+    planned = []
+    for groups, first_sample in zip(experience.mini_batches, experience.first_sample, strict=True):
+        samples = _samples(groups, first_sample)
+        counts = parallel.sum_over_data_ranks(
+            [float(len(samples)), float(sum(len(sample.response_token_ids) for sample in samples))]
+        )
+        planned.append(
+            MiniBatch(
+                micro_batches=pack_samples(samples, recipe, pad_token_id),
+                num_responses=round(counts[0]),
+                num_tokens=round(counts[1]),
+            )
+        )
+    return planned
+
+
+def pack_samples(samples: Sequence[Sample], recipe: Recipe, pad_token_id: int) -> tuple[MicroBatch, ...]:
+    """Pack samples to the token budget; all data-parallel ranks get equally many micro-batches.
+
+    Experts are spread over data-parallel ranks, so a rank with fewer must keep step: it adds micro-batches without a
+    response. Interleaved pipelines take micro-batches in rounds of the pipeline's size.
+    """
+    plan = plan_micro_batches([sample.num_tokens for sample in samples], recipe.training.tokens_per_micro_batch)
+    count = max(1, parallel.max_over_data_ranks(len(plan)))
+    if recipe.parallel.virtual_pipeline is not None:
+        count += -count % recipe.parallel.pipeline
+    plan = plan + [[] for _ in range(count - len(plan))]
+    # Sequence parallelism cuts a micro-batch into equal parts, one a tensor-parallel rank.
+    multiple = recipe.parallel.tensor
+    return tuple(
+        pack(
+            [samples[index] for index in indices], pad_to_multiple=multiple, pad_token_id=pad_token_id, device=device()
+        )
+        for indices in plan
+    )
+
+
+def _shares(num_prompts: int, recipe: Recipe) -> tuple[list[range], list[int]]:
+    """This rank's prompt positions in each mini-batch, and the index of the first response of each."""
+    per_mini_batch = num_prompts // recipe.training.mini_batches
+    per_rank = per_mini_batch // parallel.data_size()
+    assert per_rank * parallel.data_size() * recipe.training.mini_batches == num_prompts, (
+        "the recipe's check holds this"
+    )
+    starts = [
+        mini_batch * per_mini_batch + parallel.data_rank() * per_rank
+        for mini_batch in range(recipe.training.mini_batches)
+    ]
+    return (
+        [range(start, start + per_rank) for start in starts],
+        [start * recipe.rollout.responses_per_prompt for start in starts],
+    )
+
+
+def _advantages(rewards: np.ndarray, recipe: Recipe) -> np.ndarray:
+    return group_advantages(rewards, recipe.objective.advantage_normalization)
+
+
+def _samples(groups: Sequence[Group], first_sample: int) -> list[Sample]:
+    pairs = [
+        (group, response, float(advantage))
+        for group in groups
+        for response, advantage in zip(group.responses, group.advantages, strict=True)
+    ]
+    return [
+        Sample(
+            index=first_sample + offset,
+            prompt_token_ids=np.asarray(group.prompt.token_ids, dtype=np.int64),
+            response_token_ids=response.token_ids,
+            advantage=advantage,
+            behaviour_log_probs=response.log_probs,
+        )
+        for offset, (group, response, advantage) in enumerate(pairs)
+    ]

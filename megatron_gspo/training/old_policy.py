@@ -1,0 +1,68 @@
+"""The old policy's log-probs: what every importance ratio of the step is taken against.
+
+In: the step's mini-batches, before any update. Out: log π_old of every response token, from the trainer (recomputed by a
+forward pass) or from the rollout engine (§5.4), and how far the two engines are apart at equal weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_gspo.config import Recipe
+from megatron_gspo.training.experience import MiniBatch
+from megatron_gspo.training.forward import token_log_probs
+from megatron_gspo.training.totals import Totals
+
+
+@dataclass(frozen=True)
+class BaselineLogProbs:
+    """What the updates compare with: one [T] float32 a micro-batch, by mini-batch; empty off the last pipeline stage."""
+
+    old: list[list[torch.Tensor]]
+    reference: list[list[torch.Tensor]] | None  # of the policy the run started from, where a KL penalty asks for it
+
+
+def baseline_log_probs(
+    policy_chunks: Sequence[torch.nn.Module],
+    reference_chunks: Sequence[torch.nn.Module] | None,
+    mini_batches: Sequence[MiniBatch],
+    recipe: Recipe,
+    totals: Totals,
+) -> BaselineLogProbs:
+    """Log-probs of the old policy, and of the reference policy if there is one, for every response token of the step."""
+    if recipe.rollout.old_log_probs == "trainer":
+        old = _by_mini_batch(policy_chunks, mini_batches, recipe)
+        for log_probs, mini_batch in zip(old, mini_batches, strict=True):
+            record_mismatch(log_probs, mini_batch, totals)
+    else:
+        old = [[micro_batch.behaviour_log_probs for micro_batch in mb.micro_batches] for mb in mini_batches]
+    reference = None if reference_chunks is None else _by_mini_batch(reference_chunks, mini_batches, recipe)
+    return BaselineLogProbs(old=old, reference=reference)
+
+
+def record_mismatch(log_probs: Sequence[torch.Tensor], mini_batch: MiniBatch, totals: Totals) -> None:
+    """Add to `totals` how far the rollout engine's log-probs are from the trainer's, at equal weights.
+
+    `mismatch/log_prob_abs_mean` is the mean |log π_trainer − log π_engine| over response tokens; `mismatch/kl` estimates
+    KL(engine ‖ trainer) from the engine's own samples as the mean of e^d − 1 − d, d = log π_trainer − log π_engine.
+    """
+    for trainer, micro_batch in zip(log_probs, mini_batch.micro_batches, strict=True):
+        difference = trainer.double() - micro_batch.behaviour_log_probs.double()
+        count = float(len(difference))
+        totals.add("mismatch/log_prob_abs_mean", float(difference.abs().sum()), count)
+        totals.add("mismatch/kl", float((difference.expm1() - difference).sum()), count)
+
+
+def _by_mini_batch(
+    chunks: Sequence[torch.nn.Module], mini_batches: Sequence[MiniBatch], recipe: Recipe
+) -> list[list[torch.Tensor]]:
+    """One pass over all of the step's micro-batches, cut back into mini-batches."""
+    micro_batches = [micro_batch for mini_batch in mini_batches for micro_batch in mini_batch.micro_batches]
+    log_probs = token_log_probs(chunks, micro_batches, temperature=recipe.rollout.temperature)
+    if not log_probs:
+        return [[] for _ in mini_batches]
+    remaining = iter(log_probs)
+    return [[next(remaining) for _ in mini_batch.micro_batches] for mini_batch in mini_batches]

@@ -1,0 +1,164 @@
+"""Sampling and scoring: the rollout engine and the reward, on the rank that drives its share of the data.
+
+In: prompts, and the policy's weights at each hand-over. Out: G scored responses a prompt. Data leaders hold a `Rollouts`;
+the other ranks of their model-parallel groups take part in the hand-over only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_gspo import parallel
+from megatron_gspo.config import Recipe
+from megatron_gspo.model.hf_weights import export_hf_weights
+from megatron_gspo.model.policy import PolicyModel
+from megatron_gspo.platform import device
+from megatron_gspo.reward import RewardScorer, ScoringItem
+from megatron_gspo.rollout.engine import RolloutEngine
+from megatron_gspo.rollout.local import LocalEngine
+from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
+
+
+@dataclass(frozen=True)
+class ScoredResponses:
+    """Responses with their rewards, by prompt, and what getting them cost."""
+
+    responses: list[tuple[Response, ...]]
+    rewards: list[np.ndarray]  # one [G] float32 a prompt
+    num_failed_rewards: int
+    rollout_s: float
+    reward_s: float
+
+
+@dataclass
+class Rollouts:
+    """The rollout engine and the reward of one data leader."""
+
+    engine: RolloutEngine
+    scorer: RewardScorer
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rollouts:
+        """The engine and reward that the recipe names; the engine's weights come with the first hand-over.
+
+        Raises:
+            UserError: there is no such reward, or the engine cannot be built.
+        """
+        if recipe.rollout.engine != "local":
+            raise UserError(
+                f"rollout.engine is {recipe.rollout.engine!r}, which this version cannot train with; accepted: 'local'"
+            )
+        engine = LocalEngine(
+            recipe.model.path,
+            dtype=getattr(torch, recipe.model.dtype),
+            device=device(),
+            max_concurrent_responses=recipe.rollout.max_concurrent_responses,
+        )
+        return cls(engine, RewardScorer(recipe.reward.name, recipe.reward.timeout_s), tokenizer)
+
+    def sample_and_score(
+        self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
+    ) -> ScoredResponses:
+        """G responses to each prompt, and their rewards."""
+        started = time.perf_counter()
+        responses = self.engine.generate(prompts, responses_per_prompt, settings)
+        rolled_out = time.perf_counter()
+        items = [
+            ScoringItem(
+                prompt=prompt,
+                response_text=self.tokenizer.decode(response.token_ids, skip_special_tokens=True),
+                finished=response.finish_reason == "stop",
+            )
+            for prompt, group in zip(prompts, responses, strict=True)
+            for response in group
+        ]
+        scored = self.scorer.score(items)
+        return ScoredResponses(
+            responses=responses,
+            rewards=list(scored.rewards.reshape(len(prompts), responses_per_prompt)),
+            num_failed_rewards=scored.num_failed,
+            rollout_s=rolled_out - started,
+            reward_s=time.perf_counter() - rolled_out,
+        )
+
+    def close(self) -> None:
+        """Stop the engine and the reward's processes."""
+        self.engine.close()
+        self.scorer.close()
+
+
+def hand_over_weights(models: Sequence[PolicyModel], rollouts: Rollouts | None, version: int) -> None:
+    """Give the policy's weights to every rollout engine, as `version`. All ranks take part."""
+    weights = export_hf_weights(models)
+    if rollouts is not None:
+        rollouts.engine.update_weights(weights, version)
+    for _ in weights:
+        pass  # a tensor is gathered from the ranks that hold its parts, so ranks without an engine walk along
+
+
+def training_settings(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, step: int) -> SamplingSettings:
+    """How step `step` samples; the seed differs by step and data-parallel rank, and by nothing else."""
+    rollout = recipe.rollout
+    return SamplingSettings(
+        max_response_tokens=rollout.max_response_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop_token_ids=stop_token_ids(recipe.model.path, tokenizer),
+        seed=derived_seed(recipe.seed, "rollout", step, parallel.data_rank()),
+    )
+
+
+def evaluation_settings(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> SamplingSettings:
+    """How evaluations sample: with the same seed each time, so that two of them differ by the policy alone."""
+    return SamplingSettings(
+        max_response_tokens=recipe.rollout.max_response_tokens,
+        temperature=recipe.evaluation.temperature,
+        stop_token_ids=stop_token_ids(recipe.model.path, tokenizer),
+        seed=derived_seed(recipe.seed, "evaluation", 0, parallel.data_rank()),
+    )
+
+
+def derived_seed(seed: int, purpose: str, step: int, rank: int) -> int:
+    """A seed of its own for every purpose, step and rank, from the recipe's; fits torch's 63 bits."""
+    sequence = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), step, rank])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside the model.
+
+    Raises:
+        UserError: there is none, or it has no end-of-sequence token.
+    """
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        raise UserError(f"model.path: {path} holds no tokenizer; accepted: a directory with a tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.path: the tokenizer in {path} has no end-of-sequence token (eos_token)")
+    return tokenizer
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills a micro-batch up; never attended to from outside the padding, never learned from."""
+    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's, and those the checkpoint's generation settings name."""
+    found = {int(tokenizer.eos_token_id)}
+    settings = path / "generation_config.json"
+    if settings.is_file():
+        named = json.loads(settings.read_text()).get("eos_token_id")
+        found.update(named if isinstance(named, list) else [] if named is None else [named])
+    return tuple(sorted(found))

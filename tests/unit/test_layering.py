@@ -1,0 +1,65 @@
+"""Imports point one way: what each part of the package may import of the rest."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_gspo"
+
+FOUNDATION = {"types", "import_path", "config"}
+MACHINE = FOUNDATION | {"platform", "parallel"}
+SIBLINGS = ("model", "rollout", "reward", "data", "routing", "policy_loss")
+
+ALLOWED = {
+    "types": set(),
+    "import_path": {"types"},
+    "config": FOUNDATION,
+    "platform": FOUNDATION,
+    "parallel": MACHINE,
+    **{sibling: MACHINE | {sibling} for sibling in SIBLINGS},
+    "report": {"types", "report"},
+    "environment": {"platform", "types"},
+    "training": MACHINE | set(SIBLINGS) | {"training", "environment"},
+    "launch": set(),
+    "doctor": {"platform", "environment", "types"},
+}
+# The training loop writes what reports read; nothing else of `report` is training's business.
+TRAINING_MAY_IMPORT_OF_REPORT = {"megatron_gspo.report.metrics", "megatron_gspo.report.curves"}
+
+
+def imported_modules(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            found.add(node.module or "")
+            if node.module == "megatron_gspo":
+                found |= {f"megatron_gspo.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("megatron_gspo.")}
+
+
+def part_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_a_part_imports_only_what_lies_below_it(part: str):
+    directory = PACKAGE / part
+    files = sorted(directory.rglob("*.py")) if directory.is_dir() else [PACKAGE / f"{part}.py"]
+    for file in files:
+        for module in imported_modules(file):
+            if part == "training" and module in TRAINING_MAY_IMPORT_OF_REPORT:
+                continue
+            allowed = ALLOWED[part]
+            # `from megatron_gspo import __version__` names no part.
+            if module == "megatron_gspo.__version__":
+                continue
+            assert part_of(module) in allowed, f"{file.relative_to(PACKAGE)} imports {module}"
+
+
+def test_every_part_of_the_package_has_its_place():
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert parts - set(ALLOWED) == {"__init__", "__main__", "cli"}

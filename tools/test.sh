@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything a change must pass: format, lint, types, tests. Makes .venv first if it is not there.
+#
+#   bash tools/test.sh                 all of it
+#   bash tools/test.sh tests/unit -k packing     the checks, then pytest with these arguments
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source tools/setup_environment.sh
+# One thread a process: the tests start several ranks, and 2 cores are all we count on.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+stage() {
+  local started=$SECONDS name=$1
+  shift
+  "$@"
+  echo "test.sh: $name: $((SECONDS - started)) s"
+}
+
+stage "format" ruff format --check --quiet .
+stage "lint" ruff check --quiet .
+stage "types" mypy
+if [ $# -eq 0 ]; then
+  set -- tests
+fi
+stage "tests" python -m pytest --durations=8 "$@"
