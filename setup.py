@@ -26,7 +26,7 @@ setup(
         "safetensors",
         "tokenizers",
         "numpy",
-        "pydantic>=2.7",
+        "pydantic>=2.10",
         "PyYAML",
         "rich",
         "tensorboard",

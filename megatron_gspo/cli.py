@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,7 +101,7 @@ def _train(parsed: argparse.Namespace, given: list[str]) -> int:
     if _is_first_rank():
         refuse_used_directory(parsed.output_dir)
 
-    def run() -> None:
+    def run(recipe: Recipe) -> None:
         from megatron_gspo.training.loop import train
 
         train(recipe, parsed.output_dir)
@@ -117,7 +116,7 @@ def _warmstart(parsed: argparse.Namespace, given: list[str]) -> int:
     if _is_first_rank() and parsed.output_dir.exists():
         raise UserError(f"--output-dir: {parsed.output_dir} exists already; name a new directory, or remove it")
 
-    def run() -> None:
+    def run(recipe: Recipe) -> None:
         from megatron_gspo.training.warmstart import warmstart
 
         warmstart(recipe, parsed.output_dir)
@@ -129,7 +128,7 @@ def _evaluate(parsed: argparse.Namespace, given: list[str]) -> int:
     parsed.overrides.append(f"model.path={parsed.checkpoint}")
     recipe = _load(parsed)
 
-    def run() -> None:
+    def run(recipe: Recipe) -> None:
         from megatron_gspo.training.evaluation import evaluate_checkpoint
 
         evaluate_checkpoint(recipe)
@@ -159,24 +158,27 @@ def _load(parsed: argparse.Namespace) -> Recipe:
 
 
 def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+    from megatron_gspo.launch import place_of_this_process
+
+    return place_of_this_process().rank == 0
 
 
-def _on_ranks(recipe: Recipe, given: list[str], run: Callable[[], None]) -> int:
+def _on_ranks(recipe: Recipe, given: list[str], run: Callable[[Recipe], None]) -> int:
     """Run `run` on every rank the recipe needs: as one of them, or by starting them on this machine first."""
-    from megatron_gspo.launch import run_ranks, started_by_launcher
+    from megatron_gspo.config import recipe_for_world_size
+    from megatron_gspo.launch import place_of_this_process, run_ranks
 
-    if recipe.parallel.world_size > 1 and not started_by_launcher():
+    place = place_of_this_process()
+    if place.launched:
+        recipe = recipe_for_world_size(recipe, place.world_size)
+    elif recipe.parallel.world_size > 1:
         return run_ranks(recipe.parallel.world_size, given)
-    from megatron_gspo.platform import prepare_megatron
-
-    prepare_megatron()
     from megatron_gspo import parallel
 
     parallel.initialize_distributed()
     parallel.initialize_model_parallel(recipe.parallel, recipe.seed)
     try:
-        run()
+        run(recipe)
     finally:
         parallel.shutdown()
     return EXIT_DONE

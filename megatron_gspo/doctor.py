@@ -6,8 +6,10 @@ In: the machine. Out: a table on the terminal, and whether training can run here
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_gspo.environment import package_version
@@ -16,14 +18,29 @@ from megatron_gspo.platform import Machine, detect_machine
 REQUIRED = ("torch", "megatron-core", "transformers", "safetensors", "tokenizers", "math-verify")
 
 
+class Status(Enum):
+    """What a line of the table amounts to."""
+
+    OK = "[green]ok[/]"
+    OPTIONAL = "-"
+    MISSING = "[bold red]missing[/]"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the table."""
 
     what: str
-    found: str
+    found: str | None  # None where it is not there
     meaning: str
-    fine: bool = True
+    required: bool = False
+
+    @property
+    def status(self) -> Status:
+        """Whether it is there, and whether training needs it."""
+        if self.found is not None:
+            return Status.OK
+        return Status.MISSING if self.required else Status.OPTIONAL
 
 
 def examine() -> bool:
@@ -34,9 +51,11 @@ def examine() -> bool:
     for column in ("", "what", "found", "what it means"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        table.add_row("ok" if finding.fine else "[bold red]missing[/]", finding.what, finding.found, finding.meaning)
+        table.add_row(
+            finding.status.value, finding.what, escape(finding.found or "not installed"), escape(finding.meaning)
+        )
     Console().print(table)
-    missing = [finding.what for finding in findings if not finding.fine]
+    missing = [finding.what for finding in findings if finding.status is Status.MISSING]
     if missing:
         print(f"Training cannot run here: {', '.join(missing)} missing.")
     else:
@@ -45,14 +64,14 @@ def examine() -> bool:
 
 
 def _packages() -> list[Finding]:
-    findings = []
-    for name in REQUIRED:
-        version = package_version(name)
-        meaning = "" if version else f"pip install -c constraints.txt {name}"
-        findings.append(Finding(name, version or "not installed", meaning, fine=version is not None))
+    versions = {name: package_version(name) for name in REQUIRED}
+    findings = [
+        Finding(name, version, "" if version else f"pip install -c constraints.txt {name}", required=True)
+        for name, version in versions.items()
+    ]
     wandb = package_version("wandb")
-    meaning = "logging.wandb_project can be used" if wandb else "optional: pip install 'megatron-gspo[wandb]'"
-    return [*findings, Finding("wandb", wandb or "not installed", meaning)]
+    meaning = "logging.wandb_project can be used" if wandb else "pip install 'megatron-gspo[wandb]' to log there"
+    return [*findings, Finding("wandb", wandb, meaning)]
 
 
 def _accelerators(machine: Machine) -> list[Finding]:
@@ -61,23 +80,22 @@ def _accelerators(machine: Machine) -> list[Finding]:
         used = f"ranks run on the GPUs and talk through {machine.backend}"
     else:
         gpu, used = "none", "ranks run on the CPU and talk through gloo: small models, the same code"
-    engine = machine.transformer_engine
     return [
         Finding("GPU", gpu, used),
         Finding(
             "Transformer Engine",
-            engine or "not installed",
+            machine.transformer_engine,
             "model.spec: auto builds its layers"
-            if engine
-            else "model.spec: auto builds this project's own layers; Transformer Engine comes with NVIDIA's containers, "
-            "or pip install 'megatron-gspo[gpu]' beside a CUDA toolkit",
+            if machine.transformer_engine
+            else "model.spec: auto builds this project's own layers; it comes with NVIDIA's containers, or "
+            "pip install 'megatron-gspo[gpu]' beside a CUDA toolkit",
         ),
         Finding(
             "NVIDIA Apex",
-            "found" if machine.apex else "not installed",
+            "found" if machine.apex else None,
             "Megatron uses its fused optimizer"
             if machine.apex
-            else "torch's AdamW is used; Apex comes with NVIDIA's containers (the `apex` of the package index is another project)",
+            else "torch's AdamW is used; it comes with NVIDIA's containers (`apex` in the package index is another project)",
         ),
     ]
 
@@ -85,5 +103,5 @@ def _accelerators(machine: Machine) -> list[Finding]:
 def _host(machine: Machine) -> list[Finding]:
     return [
         Finding("CPU", f"{machine.num_cores} cores", "one rank a core is a good start where there is no GPU"),
-        Finding("memory", f"{machine.memory_gib:.0f} GiB", "the tiny recipes need 2 GiB a rank"),
+        Finding("memory", f"{machine.memory_gib:.0f} GiB", "the tiny recipes take about 1 GiB a rank"),
     ]

@@ -1,7 +1,7 @@
-"""Starts the ranks of a run on this machine, where nobody else has.
+"""Which rank this process is, and starting the ranks of a run on this machine where nobody else has.
 
-In: the number of ranks and the program's own arguments. Out: the exit status of the run: 0 when every rank ended well,
-else that of the rank that failed first. Under torchrun or srun the ranks exist already and this is not used.
+In: the environment that torchrun or srun made, or the number of ranks and the program's own arguments. Out: this
+process's place; or the exit status of the run: 0 when every rank ended well, else that of the rank that failed first.
 """
 
 from __future__ import annotations
@@ -12,15 +12,34 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 #: How long ranks get to end by themselves after one has failed, before they are killed.
 GRACE_S = 10.0
 
 
-def started_by_launcher() -> bool:
-    """True where torchrun or srun has started this process as one of several ranks."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among the ranks of a run."""
+
+    rank: int
+    local_rank: int  # among the ranks of its machine
+    world_size: int
+    launched: bool  # by torchrun or srun, rather than plainly
+
+
+def place_of_this_process(environment: Mapping[str, str] = os.environ) -> Place:
+    """Read `environment`: torchrun's variables, else those of a task of `srun`, else a world of one."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank = int(environment["RANK"])
+        return Place(rank, int(environment.get("LOCAL_RANK", rank)), int(environment["WORLD_SIZE"]), launched=True)
+    # SLURM_NTASKS is also set in a batch script that runs one process; the number of a step's tasks is srun's alone.
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        rank = int(environment["SLURM_PROCID"])
+        local_rank = int(environment.get("SLURM_LOCALID", rank))
+        return Place(rank, local_rank, int(environment["SLURM_STEP_NUM_TASKS"]), launched=True)
+    return Place(0, 0, 1, launched=False)
 
 
 def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
@@ -39,8 +58,13 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
         subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(num_ranks)
     ]
+
+    def pass_on(number: int, _frame: object) -> None:
+        for rank in ranks:
+            rank.send_signal(number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda received, _frame: [rank.send_signal(received) for rank in ranks])
+        signal.signal(number, pass_on)
     try:
         return _wait(ranks)
     finally:

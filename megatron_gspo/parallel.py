@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo.config import ParallelSection
+from megatron_gspo.launch import place_of_this_process
 from megatron_gspo.platform import detect_machine, device, prepare_megatron
 from megatron_gspo.types import UserError
 
@@ -40,21 +41,25 @@ def initialize_distributed(timeout_s: float = 1800.0) -> None:
     """
     if dist.is_initialized():
         return
-    rank, local_rank, world_size = _place_in_the_world(os.environ)
+    place = place_of_this_process()
     machine = detect_machine()
     if machine.has_cuda:
-        torch.cuda.set_device(local_rank % machine.num_gpus)
+        torch.cuda.set_device(place.local_rank % machine.num_gpus)
     # A world of one meets nobody: it needs neither address nor port.
-    store = dist.HashStore() if world_size == 1 else None
+    store = dist.HashStore() if place.world_size == 1 else None
     if store is None:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise UserError(
-                    f"{world_size} ranks were started but {name} is not set; start them with torchrun, "
+                    f"{place.world_size} ranks were started but {name} is not set; start them with torchrun, "
                     "or export MASTER_ADDR and MASTER_PORT before srun"
                 )
     dist.init_process_group(
-        machine.backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        machine.backend,
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=timeout_s),
     )
 
 
@@ -170,18 +175,6 @@ def _reduce_over_data_ranks(values: Sequence[float], operation: dist.ReduceOp.Re
 
 def _is_first_of_model_parallel_group() -> bool:
     return parallel_state.get_model_parallel_group().rank() == 0
-
-
-def _place_in_the_world(environment: os._Environ[str] | dict[str, str]) -> tuple[int, int, int]:
-    """(rank, rank on this machine, number of ranks) of this process."""
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank = int(environment["RANK"])
-        return rank, int(environment.get("LOCAL_RANK", rank)), int(environment["WORLD_SIZE"])
-    # SLURM_NTASKS is also set in a batch script that runs one process; the number of a step's tasks is srun's alone.
-    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
-        rank = int(environment["SLURM_PROCID"])
-        return rank, int(environment.get("SLURM_LOCALID", rank)), int(environment["SLURM_STEP_NUM_TASKS"])
-    return 0, 0, 1
 
 
 def _check_divides(world_size: int, fields: str, product: int) -> None:

@@ -2,7 +2,7 @@
 
     python tools/make_tiny_model.py [DIRECTORY]
 
-The directory is `recipes/models/tiny_qwen3_moe` where none is given. About 0.6 million parameters, random when a run starts from
+The directory is `recipes/models/tiny_qwen3_moe` where none is given. About 0.9 million parameters, random when a run starts from
 this directory.
 """
 

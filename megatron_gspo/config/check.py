@@ -142,7 +142,8 @@ def require_data_files(recipe: Recipe) -> None:
 def recipe_for_world_size(recipe: Recipe, world_size: int) -> Recipe:
     """The recipe with as many data-parallel replicas as `world_size` ranks hold, for a trainer that joins a launcher.
 
-    Raises UserError where the ranks cannot be divided so.
+    Raises:
+        UserError: the ranks, or a step's prompts, cannot be divided so.
     """
     parallel = recipe.parallel
     if world_size % parallel.model_size:

@@ -38,8 +38,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with `section.field=value` overrides on top.
 
     Relative paths are relative to the file that names them, on the command line to the current directory; in the
-    recipe returned they are absolute. Of two overrides of a field the later holds. Data files need not be there yet (see `require_data_files`).
-    Raises UserError, one line a refusal: the place, the field, what was given, what is accepted.
+    recipe returned they are absolute. Data files need not be there yet (see `require_data_files`). Of two overrides of a
+    field the later holds.
+
+    Raises:
+        UserError: a line for each thing refused: the place, the field, what was given, what is accepted.
     """
     given = _read_file(path) | _read_overrides(overrides)
     unknown = [unknown_field(field) for field in given if field not in FIELDS]

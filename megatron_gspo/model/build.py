@@ -95,6 +95,8 @@ def transformer_config(
     with warnings.catch_warnings():
         # Megatron warns that recomputing the core attention may be needless with Transformer Engine.
         warnings.filterwarnings("ignore", message="If you are using transformer_engine")
+        # It also calls its own default for CUDA graphs, which are not used, deprecated.
+        warnings.filterwarnings("ignore", message="full scope is deprecated")
         return TransformerConfig(
             num_layers=hf_config.num_hidden_layers,
             hidden_size=hf_config.hidden_size,
@@ -120,6 +122,10 @@ def transformer_config(
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             pipeline_dtype=dtype,
             variable_seq_lengths=True,  # packed micro-batches differ in length
+            moe_token_dispatcher_type="alltoall",  # the one that takes variable lengths; checked for dense models too
+            # With two stages the next one is also the previous one: Megatron's batched sends would cross there.
+            overlap_p2p_comm=parallel.virtual_pipeline is not None,
+            batch_p2p_comm=parallel.virtual_pipeline is None,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             calculate_per_token_loss=True,
@@ -226,7 +232,6 @@ def _moe_options(hf_config: HfConfig, load_balance_coefficient: float) -> dict[s
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss" if load_balance_coefficient else "none",
         "moe_aux_loss_coeff": load_balance_coefficient,
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": True,
     }
 

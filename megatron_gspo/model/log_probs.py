@@ -2,7 +2,7 @@
 
 In: the hidden states that predict response tokens, and this rank's rows of the output layer. Out: log π(target) and the
 entropy of π, both at the sampling temperature, because that is the distribution a rollout engine sampled from; the
-importance ratios of eqs. 3, 7 and 14 are differences of these log-probs.
+importance ratios of eqs. 3, 8 and 15 are differences of these log-probs.
 
 Logits exist for one chunk of tokens at a time, in the forward pass and again, recomputed, in the backward pass: with a
 vocabulary of 151,936 the full matrix would take 0.6 MB a token, several times over. Both passes are written out below

@@ -32,8 +32,8 @@ class ClipRange:
             raise UserError(f"objective.clip_high is {self.high}; it must be 0 or more.")
         if self.dual is not None and not self.dual > 1.0:
             raise UserError(
-                f"objective.dual_clip is {self.dual}; it must be above 1, because a cap at or below 1 would take the "
-                "gradient of every response with a negative advantage before the policy has moved."
+                f"objective.dual_clip is {self.dual}; it must be above 1, because a lower cap takes the gradient of "
+                "negative advantages from a policy that has hardly moved."
             )
 
     def log_bounds(self, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

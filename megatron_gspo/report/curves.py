@@ -130,27 +130,21 @@ def _draw(figure: go.Figure, panel: Panel, steps: list[dict[str, float]], row: i
     for (pattern, legend), (color, dash) in zip(panel.metrics.items(), styles, strict=False):
         for name in _matching(pattern, steps):
             points = _points(steps, name)
+            if not points:
+                continue
             figure.add_trace(
                 go.Scatter(
                     x=[step for step, _ in points],
                     y=[value for _, value in points],
-                    mode="lines+markers" if len(points) < 60 else "lines",
+                    mode="lines+markers+text" if len(points) < 60 else "lines+text",
                     line={"color": color, "dash": dash, "width": 2},
+                    # A label at the line's end does what a legend does, without sending the eye away.
+                    text=[""] * (len(points) - 1) + [legend],
+                    textposition="top left",
+                    textfont={"color": color},
                     name=legend,
                     hovertemplate=f"{legend}: %{{y:.4g}}<extra>step %{{x}}</extra>",
                 ),
-                row=row,
-                col=column,
-            )
-            # A label at the line's end does what a legend does, without sending the eye away.
-            figure.add_annotation(
-                x=points[-1][0],
-                y=points[-1][1],
-                text=legend,
-                font={"color": color, "size": 12},
-                showarrow=False,
-                xanchor="right",
-                yshift=14,
                 row=row,
                 col=column,
             )

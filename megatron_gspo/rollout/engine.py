@@ -1,7 +1,7 @@
 """What the training loop asks of a rollout engine, whether it is a model in this process or servers behind HTTP.
 
 In: prompts and sampling settings; now and then the policy's new weights. Out: groups of responses with the log-probs of
-the policy that sampled them (π_θold of eqs. 2 and 6 when `rollout.old_log_probs` is `engine`).
+the policy that sampled them (π_θold of eqs. 3 and 8 when `rollout.old_log_probs` is `engine`).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from megatron_gspo.rollout.cpu_layers import use_cpu_layers
 from megatron_gspo.rollout.decoding import decode
 from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
 
@@ -132,13 +133,13 @@ def _build_model(config_path: Path, dtype: torch.dtype, device: torch.device) ->
         raise UserError(
             f"{config_path}/config.json: use_sliding_window is true, the local rollout engine accepts false"
         )
-    # Measured on the CPU (8 layers, 16 experts, 128 rows): grouped_mm takes 0.6 of the eager experts' time.
     with torch.device(device), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation="sdpa", experts_implementation="grouped_mm"
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.tie_weights()
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if device.type == "cpu":
+        use_cpu_layers(model)
+    return model
 
 
 def _parameters_by_checkpoint_name(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, buil
 from megatron_gspo.training.rollouts import Rollouts, hand_over_weights, load_tokenizer
 from megatron_gspo.types import UserError
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -91,9 +90,7 @@ def build_models(recipe: Recipe, *, load_balance_coefficient: float = 0.0) -> li
     """The policy's chunks on this rank, with the checkpoint's weights, or random ones where it has none."""
     path = recipe.model.path
     hf_config = read_hf_config(path)
-    models = build_policy(
-        hf_config, recipe.model, recipe.parallel, load_balance_coefficient=load_balance_coefficient
-    )
+    models = build_policy(hf_config, recipe.model, recipe.parallel, load_balance_coefficient=load_balance_coefficient)
     if has_weights(path):
         load_hf_weights(models, path)
     else:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
 from megatron_gspo.training.experience import MiniBatch
 from megatron_gspo.training.forward import token_log_probs
@@ -35,8 +36,9 @@ def baseline_log_probs(
     """Log-probs of the old policy, and of the reference policy if there is one, for every response token of the step."""
     if recipe.rollout.old_log_probs == "trainer":
         old = _by_mini_batch(policy_chunks, mini_batches, recipe)
-        for log_probs, mini_batch in zip(old, mini_batches, strict=True):
-            record_mismatch(log_probs, mini_batch, totals)
+        if parallel.is_last_stage():
+            for log_probs, mini_batch in zip(old, mini_batches, strict=True):
+                record_mismatch(log_probs, mini_batch, totals)
     else:
         old = [[micro_batch.behaviour_log_probs for micro_batch in mb.micro_batches] for mb in mini_batches]
     reference = None if reference_chunks is None else _by_mini_batch(reference_chunks, mini_batches, recipe)

@@ -99,8 +99,8 @@ def supervised_step(
         policy.chunks, micro_batches, negative_log_likelihood, temperature=1.0, with_entropy=False
     )
     totals = Totals()
-    for loss, num_tokens in measured:
-        totals.add("loss/supervised", float(loss), num_tokens)
+    for loss, count in measured:
+        totals.add("loss/supervised", float(loss), count)
     if not all_ranks_finite(policy, None):
         skipped.skipped(step, None)
         return {}

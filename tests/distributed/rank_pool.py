@@ -166,6 +166,7 @@ def work() -> None:
         os.environ.update(task["environment"])
         module, _, name = task["function"].partition(":")
         parallel.initialize_distributed(timeout_s=600.0)
+        sys.excepthook = sys.__excepthook__  # torch.distributed adds a prefix at every start
         returned = getattr(importlib.import_module(module), name)(**task["arguments"])
         parallel.shutdown()
         result = Path(task["result"])

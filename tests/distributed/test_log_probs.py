@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_gspo.model.log_probs import token_log_probs
+from tests.distributed.rank_pool import RankPool
 
 HIDDEN_SIZE, ROWS_A_RANK, NUM_TOKENS = 12, 20, 17
 
@@ -26,10 +24,10 @@ def inputs(num_rows: int, vocabulary_size: int) -> tuple[Tensor, Tensor, Tensor,
     return hidden.requires_grad_(), weight, targets, incoming
 
 
-def on_shard(rank: int, world_size: int, vocabulary_size: int, store: str) -> None:
+def on_shard(vocabulary_size: int) -> None:
     """One rank's part; its results must be the rows of the whole that it owns, and the whole log-probs."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    hidden, weight, targets, incoming = inputs(ROWS_A_RANK * world_size, vocabulary_size)
+    rank = dist.get_rank()
+    hidden, weight, targets, incoming = inputs(ROWS_A_RANK * dist.get_world_size(), vocabulary_size)
     own_rows = slice(ROWS_A_RANK * rank, ROWS_A_RANK * (rank + 1))
     shard = weight[own_rows].clone().requires_grad_()
     options = {"temperature": 0.7, "chunk_tokens": 5, "vocabulary_size": vocabulary_size}
@@ -46,7 +44,6 @@ def on_shard(rank: int, world_size: int, vocabulary_size: int, store: str) -> No
 
     empty = token_log_probs(hidden[:0], shard, targets[:0], tensor_parallel_group=dist.group.WORLD)
     assert empty[0].shape == (0,)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -57,5 +54,5 @@ def on_shard(rank: int, world_size: int, vocabulary_size: int, store: str) -> No
         pytest.param(15, id="last rank all padding"),
     ],
 )
-def test_split_vocabulary_equals_whole_in_value_and_gradient(vocabulary_size: int, tmp_path: Path) -> None:
-    mp.spawn(on_shard, args=(2, vocabulary_size, str(tmp_path / "store")), nprocs=2)
+def test_split_vocabulary_equals_whole_in_value_and_gradient(vocabulary_size: int, ranks: RankPool) -> None:
+    ranks.run("tests.distributed.test_log_probs:on_shard", num_ranks=2, vocabulary_size=vocabulary_size)

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_gspo"
 
 FOUNDATION = {"types", "import_path", "config"}
-MACHINE = FOUNDATION | {"platform", "parallel"}
+MACHINE = FOUNDATION | {"platform", "launch", "parallel"}
 SIBLINGS = ("model", "rollout", "reward", "data", "routing", "policy_loss")
 
 ALLOWED = {

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_gspo.config import load_recipe
+from megatron_gspo.config.fields import FIELDS, SECTIONS
+from megatron_gspo.types import UserError
 
 Write = Callable[..., Path]
 Refuse = Callable[..., str]
@@ -242,3 +249,25 @@ def test_what_a_base_gets_wrong_is_placed_in_the_base(recipe_file: Write, refusa
     recipe_file("seed: x\n", name="base.yaml")
     message = refusal(recipe_file("base: base.yaml\n", start=""))
     assert "base.yaml:8: seed is the text 'x'" in message
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.sampled_from([*FIELDS, *SECTIONS]),
+    st.text(max_size=20)
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.sampled_from(["''", "off", "/x", "1e400"]),
+)
+def test_no_override_ends_in_a_traceback(recipe_file: Write, field: str, text: str) -> None:
+    with contextlib.suppress(UserError):
+        load_recipe(recipe_file(), [f"{field}={text}"])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    st.lists(st.sampled_from([*"\n\n  :-{}[]'\"*&!?|>#%@\t1\x85é", ": ", "- ", "seed", "model:", "---"]), max_size=12)
+)
+def test_no_file_ends_in_a_traceback(recipe_file: Write, pieces: list[str]) -> None:
+    with pytest.raises(UserError):
+        load_recipe(recipe_file("".join(pieces), start=""))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_gspo.config import DataSection
-from megatron_gspo.data.tasks import ArithmeticChain, TaskProblem, TaskProblems, build_task, is_held_out
+from megatron_gspo.config import BUILT_IN_TASKS, DataSection
+from megatron_gspo.data.tasks import TASKS, ArithmeticChain, TaskProblem, TaskProblems, build_task, is_held_out
 from megatron_gspo.types import UserError
 
 CHAIN = ArithmeticChain(min_operations=1, max_operations=8)
@@ -102,6 +102,10 @@ def test_a_curriculum_grows_the_chain_to_its_full_length() -> None:
 
     assert grown == [1, 5, 8]
     assert CHAIN.at_progress(1.0) == CHAIN
+
+
+def test_recipes_accept_the_names_of_all_tasks() -> None:
+    assert set(BUILT_IN_TASKS) == set(TASKS)
 
 
 def test_a_chain_without_a_possible_length_is_refused() -> None:

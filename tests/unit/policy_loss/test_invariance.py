@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_loss_reference import Case, make_case, totals
 
 from megatron_gspo.policy_loss import OBJECTIVES, finalize_metrics, policy_loss
+from tests.unit.policy_loss.paper_equations import Case, make_case, totals
 
 MINI_BATCHES = {
     "objective": st.sampled_from(sorted(OBJECTIVES)),

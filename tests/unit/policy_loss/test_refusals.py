@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import torch
-from policy_loss_reference import make_case
 
 from megatron_gspo.policy_loss import OBJECTIVES, NonFiniteLogProbError, policy_loss, resolve_objective
 from megatron_gspo.types import UserError
+from tests.unit.policy_loss.paper_equations import make_case
 
 MY_OBJECTIVES = """
 import torch

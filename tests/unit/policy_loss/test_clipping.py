@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from policy_loss_reference import Case, make_case, reference
 
 from megatron_gspo.policy_loss import OBJECTIVES, WideClipRangeWarning, policy_loss
 from megatron_gspo.types import UserError
+from tests.unit.policy_loss.paper_equations import Case, make_case, reference
 
 
 def single_tokens(log_ratios: list[float], advantages: list[float], dtype: torch.dtype = torch.float64) -> Case:
@@ -72,6 +72,15 @@ def test_a_response_with_advantage_zero_is_never_counted_as_clipped():
     assert output.loss.item() == 0
 
 
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_a_range_of_zero_still_learns_from_a_policy_that_has_not_moved(objective):
+    case = make_case((3, 4), spread=0.0)
+    output = policy_loss(objective, *case.arguments(), clip_low=0.0, clip_high=0.0)
+    output.loss.backward()
+    assert (case.log_probs.grad != 0).all()
+    assert float(output.metrics["clip/token_fraction"][0]) == 0
+
+
 def test_in_gspo_every_token_of_a_clipped_response_counts():
     old = torch.zeros(10, dtype=torch.float64)
     log_probs = torch.cat([torch.full((7,), 0.01), torch.zeros(3)]).double().requires_grad_()
@@ -81,13 +90,15 @@ def test_in_gspo_every_token_of_a_clipped_response_counts():
     assert [float(part) for part in metrics["clip/sequence_fraction"]] == [1, 2]
 
 
-@pytest.mark.parametrize(("nudge", "kept"), [(1 - 1e-9, True), (1 + 1e-9, False)])
+@pytest.mark.parametrize(("nudge", "kept"), [(1 - 1e-9, True), (1.0, True), (1 + 1e-9, False)])
 def test_the_paper_sized_range_is_resolved_to_a_billionth_of_itself(nudge, kept):
     old = torch.zeros(2, dtype=torch.float64)
     log_probs = torch.tensor([math.log1p(4e-4) * nudge, math.log1p(-3e-4) * nudge], dtype=torch.float64)
     case = Case(log_probs.requires_grad_(), old, torch.tensor([1.0, -1.0], dtype=torch.float64), (1, 1))
-    policy_loss("gspo", *case.arguments()).loss.backward()
+    output = policy_loss("gspo", *case.arguments())
+    output.loss.backward()
     assert (case.log_probs.grad != 0).tolist() == [kept, kept]
+    assert int(output.metrics["clip/token_fraction"][0]) == (0 if kept else 2)
 
 
 def test_dual_clip_takes_the_gradient_of_runaway_negative_responses_only():

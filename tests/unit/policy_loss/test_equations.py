@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from policy_loss_reference import Case, make_case, reference
 
 from megatron_gspo.policy_loss import OBJECTIVES, policy_loss
+from tests.unit.policy_loss.paper_equations import Case, make_case, reference
 
 LENGTHS = (5, 1, 9, 3, 7, 2, 4, 6)
 SPREAD = {"gspo": 2e-3, "gspo_token": 2e-3, "grpo": 0.3}  # wide enough that each objective clips some of its own units

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from policy_loss_reference import make_case, reference, totals
 
 from megatron_gspo.policy_loss import finalize_metrics, policy_loss
 from megatron_gspo.policy_loss.kl import kl_per_token
 from megatron_gspo.types import UserError
+from tests.unit.policy_loss.paper_equations import make_case, reference, totals
 
 
 def _policy_and_reference() -> tuple[torch.Tensor, torch.Tensor]:

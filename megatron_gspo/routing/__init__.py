@@ -1,0 +1,14 @@
+"""Which experts each token activates: Routing Replay, and how far an update changes the routes (expert volatility, §5.3).
+
+Measuring is pure functions on index tensors, one file a question:
+
+    change.py               which experts did a token lose?             routes in, experts replaced out
+    load.py                 how is the work spread over the experts?    token counts in, CV, entropy, dead experts out
+    margin.py               does a close decision flip more easily?     router margins in, bins and AUC out
+    volatility.py           all of that, for every MoE layer            routes in, counts that add up out
+    volatility_metrics.py   what is reported and kept                   counts in, metrics and arrays out
+    ratio_coupling.py       are the ratios of rerouted tokens noisier?  ratios and change in, spreads, correlation out
+    ratio_decomposition.py  how much of a ratio's variance is routing?  two measurements of a ratio in, shares out
+
+Everything that is collected adds up (`additive.py`): over micro-batches, mini-batches and, in one all-reduce, over ranks.
+"""
