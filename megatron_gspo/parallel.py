@@ -81,7 +81,8 @@ def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        # Megatron takes 1 for an interleaved schedule with one chunk.
+        virtual_pipeline_model_parallel_size=None if parallel.virtual_pipeline == 1 else parallel.virtual_pipeline,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=expert_tensor,

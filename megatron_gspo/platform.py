@@ -129,13 +129,12 @@ def _stand_in_for_cuda() -> None:
     # p2p_communication.py: waits for the device after batched sends
     cuda.synchronize = lambda *args: None
     # tensor_parallel/random.py: the tracker of random states forks the generator of the device
-    for module in (cuda, importlib.import_module("torch.cuda.random")):
-        module.get_rng_state = lambda *args, **options: torch.get_rng_state()
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **options: torch.get_rng_state()
     cuda.manual_seed = torch.manual_seed
     # language_module.py: moves the tied embedding's copy on the last pipeline stage to the GPU
-    torch.Tensor.cuda = lambda self, *args, **options: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *args, **options: self  # type: ignore[method-assign]
     # optimizer.py, distrib_optimizer.py, clip_grads.py: compare `.type()` with 'torch.cuda.FloatTensor' and its like
-    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign]
 
 
 def _type_as_on_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,6 +38,7 @@ def write_tiny_model(directory: Path) -> None:
         max_position_embeddings=4096,
         rope_theta=10000.0,
         rms_norm_eps=1e-6,
+        initializer_range=0.04,  # at this width the cold start learns from 0.04, and stalls from 0.02 and from 0.1
         tie_word_embeddings=False,
         dtype="float32",
         eos_token_id=tokenizer.eos_token_id,

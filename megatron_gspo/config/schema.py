@@ -153,8 +153,10 @@ class RewardSection(Section):
 class ChainSection(Section):
     """The built-in task `arithmetic_chain`: a digit and operations mod 10; the response writes every step."""
 
-    min_operations: Positive = 1
-    max_operations: Positive = 8
+    min_operations: Positive = 4
+    max_operations: Positive = 4
+    largest_operand: Annotated[int, Field(ge=1, le=9)] = 3
+    """Operands are drawn from 1 to this; above 3 a tiny model takes far longer to leave guessing behind."""
 
 
 class DataSection(Section):
@@ -208,16 +210,17 @@ class EvaluationSection(Section):
 class WarmstartSection(Section):
     """The supervised cold start (`warmstart`) on a built-in task's demonstrations or the data set's answers."""
 
-    steps: Positive = 500
-    sequences_per_step: Positive = 64
-    learning_rate: PositiveFloat = 3e-3
+    steps: Positive = 400
+    sequences_per_step: Positive = 32
+    """Demonstrations an update learns from, over all replicas."""
+    learning_rate: PositiveFloat = 5e-3
+    min_learning_rate: NonNegativeFloat = 5e-4
+    """What a decaying schedule ends at."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: NonNegative = 20
-    curriculum_fraction: Fraction = 0.3
-    """Share of the steps over which a task's problems grow to full length; 0 poses the longest from the start."""
     load_balance_coefficient: NonNegativeFloat = 0.01
     """Weight of the router's auxiliary load-balance loss; the cold start only, never in RL."""
-    wrong_step_fraction: Fraction = 0.08
+    wrong_step_fraction: Fraction = 0.15
     """Share of a demonstration's steps made wrong on purpose and carried on from, so that sampling errs."""
 
 

@@ -1,8 +1,8 @@
 """What the supervised cold start imitates.
 
 In: the same tasks and files as `prompts`. Out: tokenized prompts with tokenized responses that end with the
-end-of-sequence token. A task writes its demonstrations, a share of their steps wrong on purpose, and can begin with
-easier problems; a file's are its worked answers.
+end-of-sequence token. A task writes its demonstrations, a share of their steps wrong on purpose; a file's are
+its worked answers.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class DemonstrationStream:
         """Different problems met since opening whose prompt or response is too long."""
         return self._walk.num_left_out
 
-    def next_demonstrations(self, num_demonstrations: int, progress: float = 1.0) -> list[Demonstration]:
-        """The next demonstrations. `progress` in [0, 1] is the curriculum's: a task poses easier problems below 1.
+    def next_demonstrations(self, num_demonstrations: int) -> list[Demonstration]:
+        """The next demonstrations.
 
         Raises:
             UserError: every prompt or response is too long.
@@ -78,7 +78,7 @@ class DemonstrationStream:
             f"has a prompt of more than {self._max_prompt_tokens} tokens (rollout.max_prompt_tokens) or a worked answer "
             f"of more than {self._max_response_tokens} (rollout.max_response_tokens)"
         )
-        return [self._walk.next_kept(self._demonstration, too_long, progress) for _ in range(num_demonstrations)]
+        return [self._walk.next_kept(self._demonstration, too_long) for _ in range(num_demonstrations)]
 
     def _demonstration(self, turn: Turn) -> Demonstration | None:
         _, prompt = self._encoder.encode(turn.problem)

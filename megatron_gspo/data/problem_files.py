@@ -49,10 +49,6 @@ class FileProblems(ABC):
         assert problem.worked_answer is not None, "every row of a file has one"
         return problem.worked_answer
 
-    def at_progress(self, progress: float) -> FileProblems:
-        """A file has no easier problems to begin with."""
-        return self
-
 
 class JsonlProblems(FileProblems):
     """One JSON object a line.

@@ -40,6 +40,3 @@ class ProblemSource(Protocol):
 
     def demonstration(self, problem: Problem, rng: np.random.Generator, wrong_step_fraction: float) -> str:
         """A response to imitate in the cold start. A task makes that share of its steps wrong; a file has one text."""
-
-    def at_progress(self, progress: float) -> ProblemSource:
-        """The source a curriculum uses at `progress` in [0, 1]: from its easiest problems to all of them."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -23,6 +22,7 @@ from megatron_gspo.config import DataSection
 from megatron_gspo.data.problem_files import FILE_SUFFIXES, open_problem_file
 from megatron_gspo.data.problems import Problem, ProblemSource
 from megatron_gspo.data.tasks import TASKS, Split, TaskProblems, build_task, is_task_name
+from megatron_gspo.names import nearest_name
 from megatron_gspo.types import Prompt, UserError
 
 Kept = TypeVar("Kept")
@@ -91,13 +91,13 @@ class ProblemWalk:
         """Different problems refused by `keep` so far."""
         return len(self._left_out)
 
-    def next_kept(self, keep: Callable[[Turn], Kept | None], refused_because: str, progress: float = 1.0) -> Kept:
+    def next_kept(self, keep: Callable[[Turn], Kept | None], refused_because: str) -> Kept:
         """What `keep` makes of the next problem for which it does not return None.
 
         Raises:
             UserError: no problem is left, all of them being refused.
         """
-        source = self._source.at_progress(progress)
+        source = self._source
         num_problems = source.num_problems
         # Two epochs in other orders can begin and end with the only problem that is kept.
         most_in_a_row = _MAX_LEFT_OUT_IN_A_ROW if num_problems is None else 2 * num_problems
@@ -234,11 +234,9 @@ def open_source(name_or_path: str, field: str, data: DataSection, *, seed: int, 
         return open_problem_file(Path(name_or_path), field)
     if is_task_name(name_or_path):
         return TaskProblems(build_task(name_or_path, data), seed, split)
-    close = get_close_matches(name_or_path, TASKS, n=1)
-    nearest = f"; did you mean {close[0]!r}?" if close else ""
     raise UserError(
-        f"{field}: {name_or_path!r} is neither a .jsonl or .parquet file, nor a task ({', '.join(TASKS)}), "
-        f"nor package.module:attribute{nearest}"
+        f"{field}: {name_or_path!r}{nearest_name(name_or_path, TASKS)} is neither a .jsonl or .parquet file, nor a task ({', '.join(TASKS)}), "
+        f"nor package.module:attribute"
     )
 
 

@@ -13,7 +13,7 @@ import hashlib
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, cast
 
 import numpy as np
@@ -56,9 +56,6 @@ class Task(Protocol):
     def demonstration(self, prompt: str, rng: np.random.Generator, wrong_step_fraction: float) -> str:
         """A response to `prompt` in which each step is wrong, and carried on from, with that probability."""
 
-    def at_progress(self, progress: float) -> Task:
-        """The task as a curriculum poses it at `progress` in [0, 1]; at 1 it is the task itself."""
-
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _SYMBOLS = tuple(_OPERATIONS)
@@ -66,16 +63,19 @@ _SYMBOLS = tuple(_OPERATIONS)
 
 @dataclass(frozen=True)
 class ArithmeticChain:
-    """A running calculation mod 10, such as `3+4-7*2=`, done from left to right.
+    """A running calculation mod 10, such as `3+2-1*4=`, done from left to right.
 
-    The response writes every step after its operation, `+4=7-7=0*2=0`: four characters an operation. The answer is the
-    last digit. The number of operations is uniform in [min_operations, max_operations].
+    The response repeats the first digit and then writes each operation with what it comes to, `3+25-14*46`: three
+    characters an operation, and everything a step needs stands right before it. The answer is the last digit. The number
+    of operations is uniform in [min_operations, max_operations], operands in [1, largest_operand]. With operands up to 9
+    a tiny model stays long at guessing, since every result is then equally likely whatever one operand is.
     """
 
     min_operations: int
     max_operations: int
+    largest_operand: int
     name: ClassVar[str] = "arithmetic_chain"
-    reward: ClassVar[str] = "exact"
+    reward: ClassVar[str] = "last_digit"
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_operations <= self.max_operations:
@@ -83,36 +83,31 @@ class ArithmeticChain:
                 f"data.arithmetic_chain: min_operations {self.min_operations} and max_operations {self.max_operations} "
                 "were given; 1 <= min_operations <= max_operations is accepted"
             )
+        assert 1 <= self.largest_operand <= 9, "an operand is a digit"
 
     def draw(self, rng: np.random.Generator) -> TaskProblem:
         """A first digit, then operations and operands, each uniform."""
         num_operations = int(rng.integers(self.min_operations, self.max_operations + 1))
-        digits = rng.integers(0, 10, size=num_operations + 1)
+        first = rng.integers(0, 10)
+        operands = rng.integers(1, self.largest_operand + 1, size=num_operations)
         symbols = [_SYMBOLS[choice] for choice in rng.integers(0, len(_SYMBOLS), size=num_operations)]
-        prompt = f"{digits[0]}" + "".join(f"{s}{d}" for s, d in zip(symbols, digits[1:], strict=True)) + "="
+        prompt = f"{first}" + "".join(f"{s}{d}" for s, d in zip(symbols, operands, strict=True)) + "="
         return TaskProblem(prompt, answer=self.demonstration(prompt, rng, wrong_step_fraction=0.0)[-1])
 
     def demonstration(self, prompt: str, rng: np.random.Generator, wrong_step_fraction: float) -> str:
         """Every step written out. A wrong step's digit is one of the nine others; later steps go on from it."""
         result = int(prompt[0])
-        written = []
+        written = [prompt[0]]
         for symbol, operand in re.findall(r"([+\-*])(\d)", prompt):
             result = _OPERATIONS[symbol](result, int(operand)) % 10
             if rng.random() < wrong_step_fraction:
                 result = (result + int(rng.integers(1, 10))) % 10
-            written.append(f"{symbol}{operand}={result}")
+            written.append(f"{symbol}{operand}{result}")
         return "".join(written)
-
-    def at_progress(self, progress: float) -> ArithmeticChain:
-        """Chains of up to `min_operations` operations at progress 0, growing evenly to `max_operations` at 1."""
-        grown = round(progress * (self.max_operations - self.min_operations))
-        return replace(self, max_operations=self.min_operations + grown)
 
 
 TASKS: dict[str, Callable[[DataSection], Task]] = {
-    "arithmetic_chain": lambda data: ArithmeticChain(
-        data.arithmetic_chain.min_operations, data.arithmetic_chain.max_operations
-    ),
+    "arithmetic_chain": lambda data: ArithmeticChain(**data.arithmetic_chain.model_dump()),
 }
 
 
@@ -180,7 +175,3 @@ class TaskProblems:
         """The task's demonstration for one of its problems."""
         assert isinstance(problem.prompt, str), "a task's prompt is text"
         return self.task.demonstration(problem.prompt, rng, wrong_step_fraction)
-
-    def at_progress(self, progress: float) -> TaskProblems:
-        """The same stream of the task at that point of its curriculum."""
-        return replace(self, task=self.task.at_progress(progress))

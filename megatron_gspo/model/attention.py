@@ -117,7 +117,7 @@ class CausalAttention(MegatronModule):
             query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
         if query.is_cuda:
-            return varlen_attn(
+            attended = varlen_attn(
                 query,
                 key,
                 value,
@@ -129,6 +129,8 @@ class CausalAttention(MegatronModule):
                 window_size=(-1, 0),
                 enable_gqa=key.shape[1] != query.shape[1],
             )
+            assert isinstance(attended, Tensor), "a tuple comes only where the log-sum-exp is asked for"
+            return attended
         assert isinstance(packed_seq_params, PackedSegments)
         assert packed_seq_params.batches is not None
         return self._attend_in_batches(query, key, value, packed_seq_params.batches)

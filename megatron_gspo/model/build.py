@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from megatron.core import parallel_state
@@ -24,7 +25,7 @@ from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.platform import detect_machine, device
 from megatron_gspo.types import UserError
 
-HfConfig = Qwen3Config | Qwen3MoeConfig
+HfConfig: TypeAlias = Qwen3Config | Qwen3MoeConfig
 
 _CONFIG_CLASSES: dict[str, type[HfConfig]] = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
 
@@ -51,11 +52,15 @@ def build_policy(
     hf_config = read_hf_config(source) if isinstance(source, Path) else source
     check_layout(hf_config, model, parallel)
     config = transformer_config(hf_config, model, parallel, load_balance_coefficient=load_balance_coefficient)
-    num_chunks = parallel.virtual_pipeline or 1
+    count = num_chunks(parallel)
     return [
-        _build_chunk(hf_config, config, model, virtual_stage=index if num_chunks > 1 else None)
-        for index in range(num_chunks)
+        _build_chunk(hf_config, config, model, virtual_stage=index if count > 1 else None) for index in range(count)
     ]
+
+
+def num_chunks(parallel: ParallelSection) -> int:
+    """Model chunks a pipeline rank holds."""
+    return parallel.virtual_pipeline or 1
 
 
 def read_hf_config(path: Path) -> HfConfig:
@@ -92,6 +97,7 @@ def transformer_config(
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
     machine = detect_machine()
     with_engine = uses_transformer_engine(model)
+    interleaved = num_chunks(parallel) > 1
     with warnings.catch_warnings():
         # Megatron warns that recomputing the core attention may be needless with Transformer Engine.
         warnings.filterwarnings("ignore", message="If you are using transformer_engine")
@@ -119,13 +125,13 @@ def transformer_config(
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            virtual_pipeline_model_parallel_size=num_chunks(parallel) if interleaved else None,
             pipeline_dtype=dtype,
             variable_seq_lengths=True,  # packed micro-batches differ in length
             moe_token_dispatcher_type="alltoall",  # the one that takes variable lengths; checked for dense models too
             # With two stages the next one is also the previous one: Megatron's batched sends would cross there.
-            overlap_p2p_comm=parallel.virtual_pipeline is not None,
-            batch_p2p_comm=parallel.virtual_pipeline is None,
+            overlap_p2p_comm=interleaved,
+            batch_p2p_comm=not interleaved,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             calculate_per_token_loss=True,
@@ -147,30 +153,38 @@ def check_layout(hf_config: HfConfig, model: ModelSection, parallel: ParallelSec
     Raises:
         UserError: naming the recipe's field, its value, and what it must divide.
     """
-    stages = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    stages = parallel.pipeline * num_chunks(parallel)
     splits = [
         ("parallel.tensor", parallel.tensor, "num_attention_heads", hf_config.num_attention_heads),
-        ("parallel.tensor", parallel.tensor, "num_key_value_heads", hf_config.num_key_value_heads),
         ("parallel.tensor", parallel.tensor, "vocab_size", hf_config.vocab_size),
-        ("parallel.tensor", parallel.tensor, "intermediate_size", hf_config.intermediate_size),
         ("parallel.pipeline times virtual_pipeline", stages, "num_hidden_layers", hf_config.num_hidden_layers),
     ]
+    if not all(_moe_layer_pattern(hf_config)):
+        splits.append(("parallel.tensor", parallel.tensor, "intermediate_size", hf_config.intermediate_size))
     if isinstance(hf_config, Qwen3MoeConfig):
         expert_tensor = parallel.expert_tensor or parallel.tensor
         splits += [
             ("parallel.expert", parallel.expert, "num_experts", hf_config.num_experts),
             ("parallel.expert_tensor", expert_tensor, "moe_intermediate_size", hf_config.moe_intermediate_size),
         ]
-        _check_expert_width(hf_config, model, expert_tensor)
     elif parallel.expert > 1:
         raise UserError(f"parallel.expert is {parallel.expert}, but a {hf_config.model_type} model has no experts")
     for field, size, name, whole in splits:
         if whole % size:
             raise UserError(f"{field} is {size}, which does not divide the model's {name}, {whole}")
+    # With fewer key-value heads than ranks, several ranks share one.
+    groups = hf_config.num_key_value_heads
+    if groups % parallel.tensor and parallel.tensor % groups:
+        raise UserError(
+            f"parallel.tensor is {parallel.tensor}, which neither divides the model's num_key_value_heads, {groups}, "
+            "nor is a multiple of it"
+        )
+    if isinstance(hf_config, Qwen3MoeConfig):
+        _check_expert_width(hf_config, model, parallel.expert_tensor or parallel.tensor)
     if parallel.context > 1:
         raise UserError(f"parallel.context is {parallel.context}, and only 1 is supported so far")
-    if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
-        raise UserError("parallel.virtual_pipeline needs parallel.pipeline above 1")
+    if num_chunks(parallel) > 1 and parallel.pipeline == 1:
+        raise UserError("parallel.virtual_pipeline above 1 needs parallel.pipeline above 1")
 
 
 def uses_transformer_engine(model: ModelSection) -> bool:
@@ -217,10 +231,7 @@ def _build_chunk(
 def _moe_options(hf_config: HfConfig, load_balance_coefficient: float) -> dict[str, object]:
     if not isinstance(hf_config, Qwen3MoeConfig):
         return {}
-    pattern = [
-        int(layer not in hf_config.mlp_only_layers and (layer + 1) % hf_config.decoder_sparse_step == 0)
-        for layer in range(hf_config.num_hidden_layers)
-    ]
+    pattern = _moe_layer_pattern(hf_config)
     return {
         "num_moe_experts": hf_config.num_experts,
         "moe_ffn_hidden_size": hf_config.moe_intermediate_size,
@@ -234,6 +245,16 @@ def _moe_options(hf_config: HfConfig, load_balance_coefficient: float) -> dict[s
         "moe_aux_loss_coeff": load_balance_coefficient,
         "moe_grouped_gemm": True,
     }
+
+
+def _moe_layer_pattern(hf_config: HfConfig) -> list[int]:
+    """1 for each layer with experts, 0 for each without."""
+    if not isinstance(hf_config, Qwen3MoeConfig):
+        return [0] * hf_config.num_hidden_layers
+    return [
+        int(layer not in hf_config.mlp_only_layers and (layer + 1) % hf_config.decoder_sparse_step == 0)
+        for layer in range(hf_config.num_hidden_layers)
+    ]
 
 
 def _recompute_options(hf_config: HfConfig, model: ModelSection) -> dict[str, object]:

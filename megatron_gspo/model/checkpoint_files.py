@@ -12,6 +12,7 @@ from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -86,7 +87,7 @@ class CheckpointReader:
         for name, shape in expected.items():
             if name not in self._file_of:
                 raise UserError(f"{self._path}: the tensor {name} is missing")
-            found = self.tensor(name)
+            found = self._slice(name)
             if tuple(found.get_shape()) != shape:
                 raise UserError(
                     f"{self._file_of[name]}: the tensor {name} has shape {found.get_shape()}, "
@@ -102,6 +103,9 @@ class CheckpointReader:
 
     def tensor(self, name: str) -> Sliceable:
         """The tensor `name`, of which indexing reads only the part asked for."""
+        return self._slice(name)
+
+    def _slice(self, name: str) -> Any:
         return self._handle_of[self._file_of[name]].get_slice(name)
 
 

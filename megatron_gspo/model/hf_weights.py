@@ -157,9 +157,7 @@ def _fill(chunks: Sequence[PolicyModel], dimensions: Dimensions, source: Callabl
         weight.copy_(slot.kind.sharding.split(parts, dimensions, group.rank(), group.size()))
 
 
-def _chunk_slots(
-    chunk: PolicyModel, dimensions: Dimensions, experts: range
-) -> Iterator[tuple[WeightSlot, int]]:
+def _chunk_slots(chunk: PolicyModel, dimensions: Dimensions, experts: range) -> Iterator[tuple[WeightSlot, int]]:
     """The slots of one chunk, each with the number of its layer in the chunk."""
     if chunk.pre_process or (chunk.post_process and dimensions.tied_embeddings):
         yield WeightSlot(EMBEDDING), 0

@@ -127,7 +127,9 @@ class QueryKeyValue:
     """Attention's input layer: for each query group in turn its query heads, its key head, its value head."""
 
     def split(self, parts: Sequence[Sliceable], dimensions: Dimensions, rank: int, num_ranks: int) -> Tensor:
-        """The query groups of the rank."""
+        """The query groups of the rank; with more ranks than groups, an even share of a group's rows."""
+        if num_ranks > dimensions.query_groups:
+            return self.split(parts, dimensions, 0, 1).chunk(num_ranks)[rank]
         num_groups = dimensions.query_groups // num_ranks
         grouped = []
         for part, size in zip(parts, (dimensions.query, dimensions.key_value, dimensions.key_value), strict=True):
@@ -170,9 +172,7 @@ EMBEDDING = WeightKind(
     Split(0, "vocabulary"),
 )
 FINAL_NORM = WeightKind(("model.norm.weight",), (("hidden",),), ("decoder.final_layernorm.weight",), Replicated())
-OUTPUT = WeightKind(
-    ("lm_head.weight",), (("vocabulary", "hidden"),), ("output_layer.weight",), Split(0, "vocabulary")
-)
+OUTPUT = WeightKind(("lm_head.weight",), (("vocabulary", "hidden"),), ("output_layer.weight",), Split(0, "vocabulary"))
 
 ATTENTION = (
     WeightKind(

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 
 import torch
 
-from megatron_gspo.policy_loss.names import refuse_unknown_name
+from megatron_gspo.names import refuse_unknown_name
 from megatron_gspo.policy_loss.segments import Segments
 from megatron_gspo.types import UserError
 

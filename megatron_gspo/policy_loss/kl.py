@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import torch
 
-from megatron_gspo.policy_loss.names import refuse_unknown_name
+from megatron_gspo.names import refuse_unknown_name
 
 KLEstimator = Literal["k1", "k2", "k3"]
 

@@ -6,11 +6,11 @@ import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from megatron_gspo.names import nearest_name, refuse_unknown_name
 from megatron_gspo.policy_loss.base import Objective
 from megatron_gspo.policy_loss.grpo import GRPO
 from megatron_gspo.policy_loss.gspo import GSPO
 from megatron_gspo.policy_loss.gspo_token import GSPO_TOKEN
-from megatron_gspo.policy_loss.names import nearest_name, refuse_unknown_name
 from megatron_gspo.types import UserError
 
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Protocol
 
 from megatron_gspo.import_path import is_import_path
+from megatron_gspo.names import nearest_name
 from megatron_gspo.types import Prompt, UserError
 
 
@@ -28,6 +28,7 @@ class RewardFunction(Protocol):
 
 REWARDS: dict[str, str] = {
     "exact": "megatron_gspo.reward.exact:exact",
+    "last_digit": "megatron_gspo.reward.exact:last_digit",
     "math": "megatron_gspo.reward.math:math",
 }
 """Name -> import path. Paths, because only the worker process imports what `math` needs."""
@@ -47,8 +48,7 @@ def reward_import_path(name: str) -> str:
     if is_import_path(name):
         return name
     names = [BY_PROBLEM, *REWARDS]
-    close = get_close_matches(name, names, n=1)
-    nearest = f"; did you mean {close[0]!r}?" if close else ""
     raise UserError(
-        f"reward.name: {name!r} was given; {', '.join(names)} or package.module:function is accepted{nearest}"
+        f"reward.name is {name!r}{nearest_name(name, names)}; accepted: {', '.join(names)}, or "
+        "package.module:function of a reward of one's own"
     )

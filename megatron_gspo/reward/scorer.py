@@ -3,7 +3,7 @@
 In: responses as text, with their prompts. Out: one reward each. A reward that raises, hangs, or returns no number scores 0,
 is counted, and is logged: it never ends the run.
 
-`exact` runs in this process, since it can do none of that. Every other reward runs in worker processes that can be ended.
+`exact` and `last_digit` run in this process, since they can do none of that. Every other reward runs in worker processes that can be ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from queue import LifoQueue
 
 import numpy as np
 
-from megatron_gspo.reward.exact import exact
+from megatron_gspo.reward.exact import exact, last_digit
 from megatron_gspo.reward.process import RewardError, RewardProcess
 from megatron_gspo.reward.registry import BY_PROBLEM, REWARDS, ScoringItem, reward_import_path
 from megatron_gspo.types import UserError
@@ -25,6 +25,7 @@ from megatron_gspo.types import UserError
 logger = logging.getLogger(__name__)
 
 _MAX_WORKERS = 4
+_IN_PROCESS = {REWARDS["exact"]: exact, REWARDS["last_digit"]: last_digit}
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class RewardScorer:
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="reward")
         self._warned_of_range = False
-        if self._import_path not in (None, REWARDS["exact"]):
-            self._load_in_one_process(str(self._import_path))
+        if self._import_path is not None and self._import_path not in _IN_PROCESS:
+            self._load_in_one_process(self._import_path)
 
     def score(self, items: Sequence[ScoringItem]) -> ScoredBatch:
         """Score responses; their order is kept.
@@ -88,8 +89,8 @@ class RewardScorer:
     def _outcome(self, item: ScoringItem) -> float | str:
         """The reward, or why there is none."""
         import_path = self._import_path or reward_import_path(str(item.prompt.metadata["reward"]))
-        if import_path == REWARDS["exact"]:
-            return exact(item.prompt, item.response_text, item.finished)
+        if import_path in _IN_PROCESS:
+            return _IN_PROCESS[import_path](item.prompt, item.response_text, item.finished)
         process = self._idle.get()
         try:
             return process.score(import_path, item)

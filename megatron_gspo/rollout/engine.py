@@ -20,8 +20,8 @@ class RolloutEngine(Protocol):
     What every engine promises of a response:
 
     - `token_ids` are the ids that were sampled, never text turned back into tokens. They end with the stop token when
-      `finish_reason` is "stop". "length" means that `max_response_tokens` were sampled without one, also where that is
-      the last of them; "abort" that the engine gave up before either, and the caller decides what that is worth.
+      `finish_reason` is "stop". "length" means that `max_response_tokens` were sampled and none is a stop token; "abort"
+      that the engine gave up before either, and the caller decides what such a response is worth.
     - `log_probs` are of the distribution softmax(logits / temperature) over the whole vocabulary. `top_p` and `top_k`
       restrict what can be sampled but do not renormalise them: the trainer recomputes the same quantity without knowing
       the restriction. At temperature 0, where sampling is greedy, they are taken at temperature 1.

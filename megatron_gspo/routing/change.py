@@ -87,11 +87,18 @@ def kept_experts(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         raise ValueError("the old and the new routes are one buffer: compared with itself, nothing ever changes")
     # Half the bytes or less, and an equality that uint16 lacks.
     dtype = torch.uint8 if old.dtype == new.dtype == torch.uint8 else torch.int16
-    old_first, new_first = _experts_first(old, dtype), _experts_first(new, dtype)
+    old_first, new_first = experts_first(old, dtype), experts_first(new, dtype)
     kept = torch.zeros_like(old_first, dtype=torch.bool)
     for expert in new_first:  # [T, L]
         kept |= old_first == expert
     return kept
+
+
+def experts_first(experts: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The routes `experts` [T, L, K] laid out [K, T, L], contiguous; default dtype uint8 if they are, else int16."""
+    if dtype is None:
+        dtype = torch.uint8 if experts.dtype == torch.uint8 else torch.int16
+    return experts.to(dtype).permute(2, 0, 1).contiguous()
 
 
 def count_replaced(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -124,10 +131,6 @@ def _duplicated(experts: torch.Tensor) -> torch.Tensor:
     for distance in range(1, top_k // 2 + 1):
         duplicated |= circle[:top_k] == circle[distance : distance + top_k]
     return duplicated.any(0)
-
-
-def _experts_first(experts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return experts.to(dtype).permute(2, 0, 1).contiguous()
 
 
 def _shape(tensor: torch.Tensor) -> list[int]:

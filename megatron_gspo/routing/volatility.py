@@ -14,13 +14,14 @@ activates, E experts of a layer, P bins of the position in the response, M bins 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_gspo.routing.additive import Additive
-from megatron_gspo.routing.change import kept_experts
+from megatron_gspo.routing.change import experts_first, kept_experts
 from megatron_gspo.routing.margin import NUM_MARGIN_BINS, margin_bins
 
 NUM_POSITION_BINS = 16
@@ -132,8 +133,8 @@ def count_change(
     kept = kept_experts(old, new)  # [K, T, L]
     replaced = (~kept).sum(0, dtype=torch.int32)
     bins = _position_bins(positions, num_position_bins)[:, None].expand(-1, num_layers)
-    old_load = _count(_experts_first(old), num_experts, kept.to(torch.int32), 2)  # [L, E, lost or kept]
-    new_load = _count(_experts_first(new), num_experts)
+    old_load = _count(experts_first(old), num_experts, kept, 2)  # [L, E, lost or kept]
+    new_load = _count(experts_first(new), num_experts)
     return RoutingChange(
         layers=tuple(layers),
         top_k=top_k,
@@ -162,7 +163,7 @@ def _count_margins(margin: torch.Tensor | None, replaced: torch.Tensor) -> torch
         return torch.zeros(replaced.shape[1], NUM_MARGIN_BINS, 2, dtype=torch.int64, device=replaced.device)
     if margin.shape != replaced.shape:
         raise ValueError(f"the margins must be [tokens, layers] {list(replaced.shape)}; they are {list(margin.shape)}")
-    return _count(margin_bins(margin), NUM_MARGIN_BINS, (replaced > 0).to(torch.int32), 2)
+    return _count(margin_bins(margin), NUM_MARGIN_BINS, replaced > 0, 2)
 
 
 def _position_bins(positions: torch.Tensor, num_bins: int) -> torch.Tensor:
@@ -179,23 +180,18 @@ def _position_bins(positions: torch.Tensor, num_bins: int) -> torch.Tensor:
     return positions.to(torch.int32)
 
 
-def _experts_first(experts: torch.Tensor) -> torch.Tensor:
-    return experts.to(torch.int32).permute(2, 0, 1)
-
-
 def _count(
     first: torch.Tensor, num_first: int, second: torch.Tensor | None = None, num_second: int = 1
 ) -> torch.Tensor:
     """How often each value of `first`, or pair of values of `first` and `second`, occurs in each layer.
 
-    Both are [..., L] int32, in [0, num_first) and [0, num_second). Returns [L, num_first] or [L, num_first, num_second].
-    One histogram over all layers, of whole numbers and without weights: exact, and repeatable on a GPU.
+    Both are [..., L], integer or bool, in [0, num_first) and [0, num_second). Returns [L, num_first], or
+    [L, num_first, num_second]. One histogram over all layers, of whole numbers and without weights: exact, and
+    repeatable on a GPU.
     """
     num_layers = first.shape[-1]
     layer = torch.arange(num_layers, dtype=torch.int32, device=first.device)
-    key = layer * num_first + first
-    if second is None:
-        return torch.bincount(key.flatten(), minlength=num_layers * num_first).view(num_layers, num_first)
-    key = key * num_second + second
-    counts = torch.bincount(key.flatten(), minlength=num_layers * num_first * num_second)
-    return counts.view(num_layers, num_first, num_second)
+    key, shape = layer * num_first + first, [num_layers, num_first]
+    if second is not None:
+        key, shape = key.mul_(num_second).add_(second), [*shape, num_second]
+    return torch.bincount(key.flatten(), minlength=math.prod(shape)).view(shape)

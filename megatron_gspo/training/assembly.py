@@ -54,7 +54,7 @@ def assemble(recipe: Recipe) -> Run:
         raise UserError(
             f"routing.replay is {recipe.routing.replay!r}, which this version cannot train with; accepted: 'off'"
         )
-    resolve_objective(recipe.objective.name)
+    recipe = with_clip_range(recipe)
     require_data_files(recipe)
     tokenizer = load_tokenizer(recipe.model.path)
     max_prompt_tokens = recipe.rollout.max_prompt_tokens
@@ -76,6 +76,18 @@ def assemble(recipe: Recipe) -> Run:
     )
     hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
     return run
+
+
+def with_clip_range(recipe: Recipe) -> Recipe:
+    """The recipe with the clip range that will be used, where it leaves that to the objective.
+
+    Raises:
+        UserError: there is no such objective, or the range is none.
+    """
+    objective = recipe.objective
+    chosen = resolve_objective(objective.name).clip_range(objective.clip_low, objective.clip_high, objective.dual_clip)
+    resolved = objective.model_copy(update={"clip_low": chosen.low, "clip_high": chosen.high})
+    return recipe.model_copy(update={"objective": resolved})
 
 
 def open_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PromptStream | None:

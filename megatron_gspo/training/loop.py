@@ -45,6 +45,7 @@ def train(recipe: Recipe, output_dir: Path) -> None:
         TrainingDivergedError: updates kept being non-finite.
     """
     run = assemble(recipe)
+    recipe = run.recipe
     directory = open_run_directory(recipe, output_dir) if parallel.is_main_rank() else None
     display = Display("step", recipe.training.steps, enabled=parallel.is_main_rank())
     skipped = SkippedUpdates(recipe.training.max_skipped_updates)

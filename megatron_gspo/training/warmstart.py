@@ -47,7 +47,7 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
         recipe,
         LearningRate(
             peak=settings.learning_rate,
-            minimum=0.0,
+            minimum=settings.min_learning_rate,
             warmup_updates=settings.warmup_steps,
             total_updates=settings.steps,
             shape=settings.learning_rate_schedule,
@@ -69,8 +69,7 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
     try:
         for step in range(1, settings.steps + 1):
             started = time.perf_counter()
-            progress = min(1.0, step / max(1.0, settings.curriculum_fraction * settings.steps))
-            demonstrations = stream.next_demonstrations(settings.sequences_per_step, progress)
+            demonstrations = stream.next_demonstrations(settings.sequences_per_step)
             samples = [demonstration.sample(index) for index, demonstration in enumerate(demonstrations)]
             own = samples[parallel.data_rank() :: parallel.data_size()]
             micro_batches = pack_samples(own, recipe, pad_token_id(tokenizer))

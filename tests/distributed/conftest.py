@@ -1,4 +1,4 @@
-"""One pool of ranks for all distributed tests of a session."""
+"""One process that forks ranks for all distributed tests of a session."""
 
 from collections.abc import Iterator
 

@@ -137,5 +137,3 @@ def random_weights(checkpoint: str, layout: dict[str, Any], output: str) -> dict
     initialize_weights(chunks, seed=5, initializer_range=0.1)
     save_hf_checkpoint(chunks, Path(output), Path(checkpoint), shard_bytes=40_000)
     return exported(chunks)
-
-

@@ -1,10 +1,10 @@
-"""Real ranks for tests: worker processes that stay up between tests, because starting one takes seconds.
+"""Real ranks for tests, cheap to start: one process imports everything once and forks the ranks of each run.
 
 `RankPool.run("tests.distributed.module:function", num_ranks=2, argument=...)` calls the function on every rank, each a
 process of its own that has joined the others through `parallel.initialize_distributed`; the function arranges them with
-`parallel.initialize_model_parallel` itself. Arguments are JSON; what a rank returns is a tensor or anything of
-dictionaries, lists and numbers around tensors. A rank that raises ends, and its traceback is in the error; ranks that do
-not answer in time are ended after printing where they stand. Either way the next call starts fresh ones.
+`parallel.initialize_model_parallel` itself. Arguments are JSON; what a rank returns is a tensor, or dictionaries, lists
+and numbers with tensors in them. When a rank raises, its traceback is in the error; ranks that do not end in time are
+ended after printing where they stand.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import importlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,126 +29,65 @@ import torch
 
 REPOSITORY = Path(__file__).parents[2]
 
+#: After one rank has failed, the others get this long to end by themselves.
+GRACE_S = 1.0
+
 
 class RankError(AssertionError):
-    """A rank raised, died, or did not answer."""
+    """A rank raised, died, or did not end in time."""
 
 
 class RankPool:
-    """Worker processes, started when first needed."""
+    """Runs functions on ranks; the process that forks them starts with the first run."""
 
     def __init__(self) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="rank_pool_"))
-        self._workers: list[_Worker] = []
-        self._num_runs = 0
+        self._forker: subprocess.Popen[str] | None = None
 
     def run(self, function: str, *, num_ranks: int, timeout_s: float = 120.0, **arguments: Any) -> list[Any]:
         """Call `function` ("package.module:name") on `num_ranks` ranks; returns what each returned, in rank order.
 
         Raises:
-            RankError: with what every failed or silent rank printed.
+            RankError: with what every failed or late rank printed.
         """
-        self._num_runs += 1
-        while len(self._workers) < num_ranks:
-            self._workers.append(_Worker(len(self._workers), self._directory))
-        ranks = self._workers[:num_ranks]
-        port = _free_port()
-        results = [self._directory / f"run{self._num_runs}_rank{worker.rank}.pt" for worker in ranks]
-        for worker, result in zip(ranks, results, strict=True):
-            worker.send(
-                {
-                    "function": function,
-                    "arguments": arguments,
-                    "environment": {
-                        "RANK": str(worker.rank),
-                        "LOCAL_RANK": str(worker.rank),
-                        "WORLD_SIZE": str(num_ranks),
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": str(port),
-                    },
-                    "result": str(result),
-                }
-            )
-        self._wait(ranks, results, timeout_s)
-        returned = [torch.load(result, weights_only=True) for result in results]
-        for result in results:
-            result.unlink()
-        return returned
+        if self._forker is None:
+            self._forker = self._start()
+        assert self._forker.stdin is not None and self._forker.stdout is not None
+        task = {
+            "function": function,
+            "arguments": arguments,
+            "num_ranks": num_ranks,
+            "timeout_s": timeout_s,
+            "port": _free_port(),
+        }
+        self._forker.stdin.write(json.dumps(task) + "\n")
+        self._forker.stdin.flush()
+        answer = self._forker.stdout.readline()
+        if not answer:
+            raise RankError(f"the process that forks ranks died with status {self._forker.wait()}")
+        if problems := json.loads(answer):
+            words = [
+                f"rank {rank} {reason}:\n{(self._directory / f'rank{rank}.log').read_text()}"
+                for rank, reason in problems.items()
+            ]
+            raise RankError("\n".join(words))
+        return [torch.load(self._directory / f"rank{rank}.pt", weights_only=True) for rank in range(num_ranks)]
 
     def close(self) -> None:
-        """End all workers."""
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
+        """End the forking process."""
+        if self._forker is not None:
+            self._forker.communicate()  # closes its input, which ends it
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _wait(self, ranks: list[_Worker], results: list[Path], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not all(result.exists() for result in results):
-            dead = [worker for worker in ranks if not worker.is_alive()]
-            if dead:
-                raise RankError(self._give_up(dead, "failed"))
-            if time.monotonic() > deadline:
-                silent = [worker for worker, result in zip(ranks, results, strict=True) if not result.exists()]
-                raise RankError(self._give_up(silent, f"did not answer within {timeout_s:.0f} s"))
-            time.sleep(0.005)
-
-    def _give_up(self, guilty: list[_Worker], reason: str) -> str:
-        """End every worker; the words of the guilty ones."""
-        for worker in guilty:
-            worker.abort()
-        message = "\n".join(f"rank {worker.rank} {reason}:\n{worker.output()}" for worker in guilty)
-        for worker in self._workers:
-            worker.kill()
-        self._workers.clear()
-        return message
-
-
-class _Worker:
-    """One process, and what it has printed since the last call."""
-
-    def __init__(self, rank: int, directory: Path) -> None:
-        self.rank = rank
-        self._log = directory / f"rank{rank}.log"
-        self._start_of_output = 0
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.distributed.rank_pool"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment,
-                cwd=REPOSITORY,
-            )
-
-    def send(self, task: dict[str, Any]) -> None:
-        self._start_of_output = self._log.stat().st_size
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(task) + "\n")
-        self._process.stdin.flush()
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def abort(self) -> None:
-        """End it so that it prints where it stands."""
-        if self.is_alive():
-            self._process.send_signal(signal.SIGABRT)
-            self._process.wait()
-
-    def kill(self) -> None:
-        if self.is_alive():
-            self._process.kill()
-        self._process.wait()
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-
-    def output(self) -> str:
-        with self._log.open() as log:
-            log.seek(self._start_of_output)
-            return log.read()
+    def _start(self) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.rank_pool", str(self._directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+            cwd=REPOSITORY,
+        )
 
 
 def _free_port() -> int:
@@ -155,25 +96,59 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def work() -> None:
-    """A worker's life: a task a line on standard input, until it is closed."""
-    from megatron_gspo import parallel
-
+def fork_ranks(directory: Path) -> None:
+    """The forking process: a task a line in, a line out: which ranks failed and how, as JSON."""
+    importlib.import_module("megatron_gspo.parallel")
+    importlib.import_module("megatron_gspo.model.build")
     faulthandler.enable()
-    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    context = multiprocessing.get_context("fork")
     for line in sys.stdin:
         task = json.loads(line)
-        os.environ.update(task["environment"])
-        module, _, name = task["function"].partition(":")
-        parallel.initialize_distributed(timeout_s=600.0)
-        sys.excepthook = sys.__excepthook__  # torch.distributed adds a prefix at every start
-        returned = getattr(importlib.import_module(module), name)(**task["arguments"])
-        parallel.shutdown()
-        result = Path(task["result"])
-        aside = result.with_suffix(".incomplete")
-        torch.save(returned, aside)
-        aside.rename(result)
+        ranks = [context.Process(target=_be_rank, args=(rank, task, directory)) for rank in range(task["num_ranks"])]
+        for process in ranks:
+            process.start()
+        answers.write(json.dumps(_problems(ranks, task["timeout_s"])) + "\n")
+
+
+def _be_rank(rank: int, task: dict[str, Any], directory: Path) -> None:
+    """One rank's life."""
+    from megatron_gspo import parallel
+
+    with (directory / f"rank{rank}.log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(task["num_ranks"]),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(task["port"]),
+    }
+    parallel.initialize_distributed(timeout_s=600.0)
+    module, _, name = task["function"].partition(":")
+    returned = getattr(importlib.import_module(module), name)(**task["arguments"])
+    torch.save(returned, directory / f"rank{rank}.pt")
+    parallel.shutdown()
+
+
+def _problems(ranks: list[BaseProcess], timeout_s: float) -> dict[int, str]:
+    """Wait for the ranks; what went wrong with those to blame. None of them runs any more afterwards."""
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+        if any(process.exitcode for process in ranks):
+            # The others wait for the failed one; they are not to blame.
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        time.sleep(0.002)
+    problems = {rank: "failed" for rank, process in enumerate(ranks) if process.exitcode}
+    late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for rank in late:
+        os.kill(ranks[rank].pid or 0, signal.SIGABRT)  # faulthandler prints where it stands
+    for process in ranks:
+        process.join()
+    return problems or dict.fromkeys(late, f"did not end within {timeout_s:.0f} s")
 
 
 if __name__ == "__main__":
-    work()
+    fork_ranks(Path(sys.argv[1]))

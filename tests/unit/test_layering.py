@@ -7,12 +7,13 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "megatron_gspo"
 
-FOUNDATION = {"types", "import_path", "config"}
+FOUNDATION = {"types", "names", "import_path", "config"}
 MACHINE = FOUNDATION | {"platform", "launch", "parallel"}
 SIBLINGS = ("model", "rollout", "reward", "data", "routing", "policy_loss")
 
 ALLOWED = {
     "types": set(),
+    "names": {"types"},
     "import_path": {"types"},
     "config": FOUNDATION,
     "platform": FOUNDATION,

@@ -148,7 +148,7 @@ def test_a_missing_field_is_named_with_what_it_is(recipe_file: Write, refusal: R
         ),
         (
             ["data.arithmetic_chain.min_operations=9"],
-            ["data.arithmetic_chain.min_operations is 9", "at most data.arithmetic_chain.max_operations (8)"],
+            ["data.arithmetic_chain.min_operations is 9", "at most data.arithmetic_chain.max_operations (4)"],
         ),
         (
             ["data.train=aritmetic_chain"],

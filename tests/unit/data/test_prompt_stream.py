@@ -131,7 +131,7 @@ def test_a_tasks_evaluation_problems_are_held_out_and_the_same_for_all_seeds() -
 def test_a_task_prompt_says_how_its_responses_are_scored() -> None:
     (prompt,) = open_train("arithmetic_chain").next_prompts(1)
 
-    assert prompt.metadata["reward"] == "exact"
+    assert prompt.metadata["reward"] == "last_digit"
     assert prompt.token_ids == tuple(prompt.text.encode())
 
 
@@ -174,7 +174,7 @@ def test_a_chat_that_the_template_refuses_names_the_problem(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("arithmetic_chian", r"data\.train: 'arithmetic_chian' is neither .* did you mean 'arithmetic_chain'\?"),
+        ("arithmetic_chian", r"data\.train: 'arithmetic_chian' .did you mean 'arithmetic_chain'\?"),
         ("problems.json", r"data\.train: 'problems\.json' is neither a \.jsonl or \.parquet file"),
         ("missing.jsonl", r"data\.train: there is no file missing\.jsonl"),
     ],

@@ -13,8 +13,8 @@ from megatron_gspo.config import BUILT_IN_TASKS, DataSection
 from megatron_gspo.data.tasks import TASKS, ArithmeticChain, TaskProblem, TaskProblems, build_task, is_held_out
 from megatron_gspo.types import UserError
 
-CHAIN = ArithmeticChain(min_operations=1, max_operations=8)
-WRITTEN_STEP = re.compile(r"([+\-*])(\d)=(\d)")
+CHAIN = ArithmeticChain(min_operations=1, max_operations=8, largest_operand=9)
+WRITTEN_STEP = re.compile(r"([+\-*])(\d)(\d)")
 
 
 def step_results(prompt: str) -> list[int]:
@@ -46,8 +46,8 @@ def test_a_problem_depends_on_seed_and_index_alone() -> None:
 
 
 def test_training_and_held_out_problems_never_meet() -> None:
-    # Chains of one operation: 300 in all, so these draws are nearly exhaustive on both sides.
-    shortest = ArithmeticChain(min_operations=1, max_operations=1)
+    # Chains of one operation: 270 in all, so these draws are nearly exhaustive on both sides.
+    shortest = ArithmeticChain(min_operations=1, max_operations=1, largest_operand=9)
     train, demonstrated, held_out = (
         {TaskProblems(shortest, seed, split).problem(index).prompt for seed in (1, 2) for index in range(600)}
         for split in ("train", "demonstration", "held_out")
@@ -55,11 +55,11 @@ def test_training_and_held_out_problems_never_meet() -> None:
 
     assert not train & held_out
     assert not demonstrated & held_out
-    assert len(train | held_out) > 280
+    assert len(train | held_out) > 250
 
 
 def test_demonstrations_and_training_draw_different_problems() -> None:
-    longest = ArithmeticChain(min_operations=8, max_operations=8)
+    longest = ArithmeticChain(min_operations=8, max_operations=8, largest_operand=9)
     train, demonstrated = (
         {TaskProblems(longest, 1, split).problem(index).prompt for index in range(100)}
         for split in ("train", "demonstration")
@@ -69,7 +69,9 @@ def test_demonstrations_and_training_draw_different_problems() -> None:
 
 
 def test_the_number_of_operations_is_uniform() -> None:
-    problems = TaskProblems(ArithmeticChain(min_operations=3, max_operations=6), seed=1, split="held_out")
+    problems = TaskProblems(
+        ArithmeticChain(min_operations=3, max_operations=6, largest_operand=3), seed=1, split="held_out"
+    )
     lengths = [len(step_results(str(problems.problem(index).prompt))) for index in range(800)]
 
     counts = np.bincount(lengths, minlength=8)
@@ -78,12 +80,14 @@ def test_the_number_of_operations_is_uniform() -> None:
 
 
 def test_a_demonstration_without_mistakes_writes_every_step() -> None:
-    assert CHAIN.demonstration("3+4-7*2=", np.random.default_rng(0), wrong_step_fraction=0.0) == "+4=7-7=0*2=0"
+    assert CHAIN.demonstration("3+4-7*2=", np.random.default_rng(0), wrong_step_fraction=0.0) == "3+47-70*20"
 
 
 def test_the_asked_share_of_steps_is_wrong_and_carried_on_from() -> None:
     rng = np.random.default_rng(0)
-    problems = TaskProblems(ArithmeticChain(min_operations=8, max_operations=8), seed=1, split="demonstration")
+    problems = TaskProblems(
+        ArithmeticChain(min_operations=8, max_operations=8, largest_operand=3), seed=1, split="demonstration"
+    )
     num_wrong = 0
     for index in range(500):
         problem = problems.problem(index)
@@ -97,11 +101,14 @@ def test_the_asked_share_of_steps_is_wrong_and_carried_on_from() -> None:
     assert num_wrong == pytest.approx(400, abs=5 * np.sqrt(4000 * 0.1 * 0.9))
 
 
-def test_a_curriculum_grows_the_chain_to_its_full_length() -> None:
-    grown = [CHAIN.at_progress(progress).max_operations for progress in (0.0, 0.5, 1.0)]
+def test_operands_are_uniform_up_to_the_largest() -> None:
+    problems = TaskProblems(ArithmeticChain(min_operations=4, max_operations=4, largest_operand=3), 1, "train")
+    operands = [int(digit) for index in range(300) for digit in str(problems.problem(index).prompt)[2::2]]
 
-    assert grown == [1, 5, 8]
-    assert CHAIN.at_progress(1.0) == CHAIN
+    counts = np.bincount(operands)
+    assert len(counts) == 4
+    assert counts[0] == 0
+    assert (np.abs(counts[1:] - 400) < 5 * np.sqrt(400)).all()
 
 
 def test_recipes_accept_the_names_of_all_tasks() -> None:
@@ -110,7 +117,7 @@ def test_recipes_accept_the_names_of_all_tasks() -> None:
 
 def test_a_chain_without_a_possible_length_is_refused() -> None:
     with pytest.raises(UserError, match=r"data\.arithmetic_chain: min_operations 5 and max_operations 4"):
-        ArithmeticChain(min_operations=5, max_operations=4)
+        ArithmeticChain(min_operations=5, max_operations=4, largest_operand=3)
 
 
 class OneProblem:
@@ -127,9 +134,6 @@ class OneProblem:
 
     def demonstration(self, prompt: str, rng: np.random.Generator, wrong_step_fraction: float) -> str:
         return "1"
-
-    def at_progress(self, progress: float) -> "OneProblem":
-        return self
 
 
 def test_a_task_of_ones_own_is_found_by_import_path() -> None:

@@ -35,7 +35,9 @@ def attention_by_the_formula(query: Tensor, key: Tensor, value: Tensor) -> Tenso
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 19), min_size=1, max_size=9).filter(any))
 def test_packed_attention_is_attention_within_each_segment(lengths: list[int]):
-    query, key, value = (torch.randn(sum(lengths), heads, SIZE, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS))
+    query, key, value = (
+        torch.randn(sum(lengths), heads, SIZE, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)
+    )
     packed = PackedSegments.of(cu_seqlens(lengths), max(lengths))
     output = module()(query, key, value, None, packed_seq_params=packed)
     segments = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)

@@ -17,12 +17,17 @@ from tests.tiny_models import dense_config, model_section, moe_config
     ("config", "layout", "message"),
     [
         (moe_config(), {"tensor": 3}, r"parallel\.tensor is 3, .*num_attention_heads, 4"),
-        (moe_config(), {"tensor": 4}, r"parallel\.tensor is 4, .*num_key_value_heads, 2"),
+        (
+            moe_config(num_attention_heads=12, num_key_value_heads=4, vocab_size=66),
+            {"tensor": 6},
+            r"parallel\.tensor is 6, .*num_key_value_heads, 4",
+        ),
+        (dense_config(intermediate_size=49), {"tensor": 2}, r"parallel\.tensor is 2, .*intermediate_size, 49"),
         (moe_config(vocab_size=63), {"tensor": 2}, r"parallel\.tensor is 2, .*vocab_size, 63"),
         (moe_config(), {"expert": 3}, r"parallel\.expert is 3, .*num_experts, 8"),
         (moe_config(), {"pipeline": 3}, r"parallel\.pipeline.* is 3, .*num_hidden_layers, 4"),
         (moe_config(), {"pipeline": 2, "virtual_pipeline": 4}, r"virtual_pipeline is 8, .*num_hidden_layers, 4"),
-        (moe_config(), {"virtual_pipeline": 2}, r"virtual_pipeline needs parallel\.pipeline above 1"),
+        (moe_config(), {"virtual_pipeline": 2}, r"virtual_pipeline above 1 needs parallel\.pipeline above 1"),
         (moe_config(), {"context": 2}, r"parallel\.context is 2"),
         (moe_config(), {"expert_tensor": 8}, r"moe_intermediate_size / 8 is 2, .*multiple of 4"),
         (dense_config(), {"expert": 2}, r"parallel\.expert is 2, but a qwen3 model has no experts"),
@@ -67,7 +72,9 @@ def test_transformer_engine_is_refused_where_it_is_not_installed():
 
 
 def test_layers_have_experts_where_transformers_gives_them_experts():
-    config = transformer_config(moe_config(mlp_only_layers=[1], decoder_sparse_step=2), model_section(), ParallelSection())
+    config = transformer_config(
+        moe_config(mlp_only_layers=[1], decoder_sparse_step=2), model_section(), ParallelSection()
+    )
     assert config.moe_layer_freq == [0, 0, 0, 1]
     assert transformer_config(moe_config(), model_section(), ParallelSection()).moe_layer_freq == 1
 

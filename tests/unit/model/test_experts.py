@@ -23,7 +23,10 @@ def both(num_experts: int, **model: str) -> tuple[GroupedExperts, SequentialMLP]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for index, expert in enumerate(looped.local_experts):
-            for weight, stacked in ((expert.linear_fc1.weight, grouped.weight1), (expert.linear_fc2.weight, grouped.weight2)):
+            for weight, stacked in (
+                (expert.linear_fc1.weight, grouped.weight1),
+                (expert.linear_fc2.weight, grouped.weight2),
+            ):
                 weight.normal_(std=0.3, generator=generator)
                 stacked[index] = weight
     return grouped, looped
@@ -48,7 +51,10 @@ def test_outputs_and_gradients_equal_megatrons_loop_over_experts(tokens_per_expe
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for index, expert in enumerate(looped.local_experts):
-        for stacked, weight in ((grouped.weight1, expert.linear_fc1.weight), (grouped.weight2, expert.linear_fc2.weight)):
+        for stacked, weight in (
+            (grouped.weight1, expert.linear_fc1.weight),
+            (grouped.weight2, expert.linear_fc2.weight),
+        ):
             expected = torch.zeros_like(weight) if weight.grad is None else weight.grad
             torch.testing.assert_close(stacked.grad[index], expected, rtol=1e-5, atol=1e-6)
 

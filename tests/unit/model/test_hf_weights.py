@@ -117,7 +117,10 @@ def quantised(tensors: dict[str, Tensor]) -> None:
     ("change", "message"),
     [
         (without, rf"{EXPERT} is missing"),
-        (with_one_more, r"model\.safetensors: the tensor model\.layers\.1\.mlp\.experts\.8\.up_proj\.weight is surplus"),
+        (
+            with_one_more,
+            r"model\.safetensors: the tensor model\.layers\.1\.mlp\.experts\.8\.up_proj\.weight is surplus",
+        ),
         (misshaped, rf"model\.safetensors: the tensor {EXPERT} has shape \[32, 16\].*\[16, 32\]"),
         (quantised, rf"model\.safetensors: the tensor {EXPERT} is I8"),
     ],

@@ -110,7 +110,9 @@ def test_gradients_equal_transformers(name: str, tmp_path: Path):
 
     found = gradients(policy)
     for weight, gradient in export_hf_weights([expected]):
-        torch.testing.assert_close(found[weight], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, w=weight: f"{w}: {text}")
+        torch.testing.assert_close(
+            found[weight], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, w=weight: f"{w}: {text}"
+        )
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

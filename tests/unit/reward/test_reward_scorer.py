@@ -176,14 +176,17 @@ def test_task_asks_each_problem_for_its_reward(open_scorer: Callable[..., Reward
         [
             item("3+4=7", reward="exact", answer="7"),
             item("3+4=8", reward="exact", answer="7"),
+            item("3+47", reward="last_digit", answer="7"),
+            item("3+48", reward="last_digit", answer="7"),
+            item("", reward="last_digit", answer="7"),
             item(r"\boxed{1,080}", reward="math", answer="1080"),
             item("#### 1081", reward="math", answer="1080"),
             item("72", reward="math", answer=r"\boxed{}"),
         ]
     )
 
-    assert scored.rewards.tolist() == [1.0, 0.0, 1.0, 0.0, 0.0]
-    assert list(scored.reasons) == [4]
+    assert scored.rewards.tolist() == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0]
+    assert list(scored.reasons) == [7]
 
 
 def test_exact_needs_no_worker_process(
@@ -203,7 +206,7 @@ def test_no_responses_score_as_an_empty_batch(open_scorer: Callable[..., RewardS
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("exakt", r"reward\.name: 'exakt' was given; task, exact, math or package\.module:function .* 'exact'\?"),
+        ("exakt", r"reward\.name is 'exakt' .did you mean 'exact'\?.; accepted: task, exact, last_digit, math"),
         ("no_such_module:reward", r"reward\.name: 'no_such_module:reward' cannot be imported"),
         ("rewards_of_a_user:missing", r"reward\.name: .* has no attribute 'missing'"),
         ("rewards_of_a_user:not_a_function", r"reward\.name: .* is not a function"),

@@ -1,0 +1,238 @@
+"""The program as a person runs it: whole runs of a tiny policy, and one clear line for every mistake."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.tiny_model import tiny_recipe, write_tiny_model
+
+# What DESIGN contracts of a plain GSPO run; a reference policy adds loss/kl, routing/* comes with the router's tap.
+METRICS = {
+    "step",
+    "policy_version",
+    "reward/mean",
+    "reward/std",
+    "reward/solved_fraction",
+    "groups/zero_variance_fraction",
+    "response/length_mean",
+    "response/truncated_fraction",
+    "loss/policy",
+    "entropy/mean",
+    "grad_norm",
+    "lr",
+    "ratio/token_log_std",
+    "ratio/token_abs_log_max",
+    "ratio/sequence_log_std",
+    "ratio/sequence_abs_log_max",
+    "ratio/effective_sample_fraction",
+    "clip/token_fraction",
+    "clip/sequence_fraction",
+    "clip/low_fraction",
+    "clip/high_fraction",
+    "mismatch/log_prob_abs_mean",
+    "mismatch/kl",
+    "time/rollout_s",
+    "time/reward_s",
+    "time/old_policy_s",
+    "time/update_s",
+    "time/weight_sync_s",
+    "throughput/tokens_per_s",
+    "memory/peak_gib",
+}
+
+PROBLEMS = [
+    {"question": "Ann has 3 apples and buys 4 more. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
+    {"question": "A box holds 1,000 pens. How many in 2 boxes?", "answer": "2 * 1,000 = 2,000\n#### 2,000"},
+    {"question": "Ben’s book costs £12. He has £20. What is left?", "answer": "20 - 12 = 8\n#### 8"},
+]
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_gspo", *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        timeout=240,
+    )
+
+
+def lines_of(run_directory: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("recipe")
+    write_tiny_model(directory / "model")
+    (directory / "tiny.yaml").write_text(tiny_recipe(directory / "model"))
+    return directory / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def cold_start(recipe: Path) -> Path:
+    directory = recipe.parent / "cold_start"
+    done = run("warmstart", recipe, "--output-dir", directory)
+    assert done.returncode == 0, done.stderr
+    assert "cold start 3/3" in done.stdout
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, cold_start: Path) -> Path:
+    directory = recipe.parent / "run"
+    done = run("train", recipe, f"model.path={cold_start}", "logging.tensorboard=true", "--output-dir", directory)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"Next: megatron-gspo evaluate {directory}/recipe.yaml" in done.stdout
+    return directory
+
+
+def test_a_run_leaves_what_reports_read(finished: Path):
+    names = {path.name for path in finished.iterdir()}
+    assert {"recipe.yaml", "metrics.jsonl", "environment.json", "log.txt", "tensorboard", "checkpoints"} <= names
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["packages"]["megatron-core"].startswith("0.16.")
+    assert environment["num_ranks"] == 1
+
+
+def test_every_step_has_the_contracted_metrics(finished: Path):
+    before, *steps = lines_of(finished)
+    assert set(before) >= {"step", "policy_version", "eval/arithmetic_chain/pass_at_1"}
+    assert [line["step"] for line in steps] == [1, 2]
+    assert [line["policy_version"] for line in steps] == [1, 2]
+    for line in steps:
+        assert set(line) >= METRICS
+    assert "eval/arithmetic_chain/pass_at_1" in steps[-1]
+
+
+def test_engine_and_trainer_agree_to_round_off_at_equal_weights(finished: Path):
+    for line in lines_of(finished)[1:]:
+        assert line["mismatch/log_prob_abs_mean"] < 1e-5
+
+
+def test_the_recipe_that_ran_is_written_resolved_and_runs_again(finished: Path, tmp_path: Path):
+    resolved = yaml.safe_load((finished / "recipe.yaml").read_text())
+    assert (resolved["objective"]["clip_low"], resolved["objective"]["clip_high"]) == (3e-4, 4e-4)
+    again = run("train", finished / "recipe.yaml", "--output-dir", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    timeless = [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "throughput/", "memory/"))}
+        for line in (*lines_of(finished), *lines_of(tmp_path / "again"))
+    ]
+    # The same recipe, seed and machine: the same run, bit for bit.
+    assert timeless[: len(timeless) // 2] == timeless[len(timeless) // 2 :]
+
+
+def test_the_trained_policy_is_a_checkpoint_that_evaluates(finished: Path):
+    done = run("evaluate", finished / "recipe.yaml", "--checkpoint", finished / "checkpoints" / "hf_step_2")
+    assert done.returncode == 0, done.stderr
+    measured = re.search(r"eval/arithmetic_chain/pass_at_1: ([\d.]+)", done.stdout)
+    assert measured is not None
+    assert float(measured[1]) == pytest.approx(lines_of(finished)[-1]["eval/arithmetic_chain/pass_at_1"], abs=1e-4)
+
+
+def test_two_tensor_parallel_ranks_do_the_run_of_one(recipe: Path, cold_start: Path, finished: Path, tmp_path: Path):
+    done = run("train", recipe, f"model.path={cold_start}", "parallel.tensor=2", "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(lines_of(finished), lines_of(tmp_path / "run"), strict=True):
+        for name in ("reward/mean", "loss/policy", "grad_norm", "entropy/mean", "clip/token_fraction"):
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
+
+
+def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(recipe: Path, cold_start: Path, tmp_path: Path):
+    options = ["parallel.expert=2", "objective.name=grpo", "objective.kl_coefficient=0.01"]
+    done = run("train", recipe, f"model.path={cold_start}", *options, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    first, second = lines_of(tmp_path / "run")[1:]
+    assert first["loss/kl"] >= 0
+    # Updates move the policy away from the reference only where there was something to learn from.
+    assert (second["loss/kl"] > 0) == (first["grad_norm"] > 0 or second["grad_norm"] > 0)
+
+
+def test_the_engines_own_likelihoods_serve_as_the_old_policy(recipe: Path, cold_start: Path, tmp_path: Path):
+    options = [f"model.path={cold_start}", "rollout.old_log_probs=engine"]
+    done = run("train", recipe, *options, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for line in lines_of(tmp_path / "run")[1:]:
+        assert 0 < line["mismatch/log_prob_abs_mean"] < 1e-5
+        assert line["ratio/token_abs_log_max"] > 0
+
+
+def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, tmp_path: Path):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
+    options = [f"data.train={problems}", f"data.eval={problems}", "training.prompts_per_step=2"]
+    done = run("train", recipe, *options, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "the policy starts from random ones" in done.stderr
+    for line in lines_of(tmp_path / "run")[1:]:
+        assert line["reward/mean"] == 0.0
+        assert line["reward/num_failed"] == 0.0
+        assert line["groups/zero_variance_fraction"] == 1.0
+        assert line["grad_norm"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["objective.clip_hihg=0.1"], r"command line: .*objective\.clip_hihg.*clip_high"),
+        (["objective.name=gsop"], r"objective\.name.*'gsop'.*gspo"),
+        (["parallel.tensor=3"], r"parallel\.tensor"),
+        (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt"),
+        (["data.train=nowhere.jsonl"], r"data\.train.*nowhere\.jsonl"),
+        (["reward.name=exat"], r"reward\.name.*exact"),
+        (["rollout.engine=sglang"], r"rollout\.engine.*'sglang'"),
+    ],
+)
+def test_a_mistake_in_the_recipe_is_one_clear_line_and_status_2(
+    arguments: list[str], expected: str, recipe: Path, tmp_path: Path
+):
+    done = run("train", recipe, *arguments, "--output-dir", tmp_path / "run")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.search(expected, done.stderr), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_written_over_another(recipe: Path, finished: Path):
+    before = (finished / "metrics.jsonl").read_text()
+    done = run("train", recipe, "--output-dir", finished)
+    assert done.returncode == 2
+    assert "holds a run already" in done.stderr
+    assert (finished / "metrics.jsonl").read_text() == before
+
+
+def test_a_broken_line_of_data_is_named_by_file_and_line(recipe: Path, tmp_path: Path):
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(json.dumps(PROBLEMS[0]) + "\n{'question': broken\n")
+    done = run("train", recipe, f"data.train={problems}", "--output-dir", tmp_path / "run")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert re.search(r"problems\.jsonl.*\b2\b", done.stderr), done.stderr
+
+
+def test_doctor_says_that_training_can_run_here():
+    done = run("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "Training can run here" in done.stdout
+
+
+def test_help_answers_without_importing_torch():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "megatron_gspo", "--help"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0
+    assert "warmstart" in done.stdout
+    assert not re.search(r"\|\s+(torch|transformers|numpy|pydantic)$", done.stderr, re.MULTILINE)
