@@ -40,13 +40,19 @@ def update(policies: Sequence[torch.nn.Module], size: float = 0.05) -> None:
     with torch.no_grad():
         for policy in policies:
             for parameter in policy.parameters():
-                parameter += size * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=size)
 
 
 def loss_of(output: TokenLogProbs) -> torch.Tensor:
     weights = torch.linspace(-1, 1, len(output.log_probs))
     assert output.entropy is not None
     return (weights * output.log_probs).sum() + 0.1 * output.entropy.sum()
+
+
+def forward(policy: PolicyModel, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    """Log-probs of every micro-batch, without gradient."""
+    with torch.no_grad():
+        return [policy(batch).log_probs for batch in batches]
 
 
 def forward_and_backward(policy: PolicyModel, batches: Sequence[MicroBatch]) -> dict[str, torch.Tensor]:
@@ -67,7 +73,7 @@ def assert_bit_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 @contextmanager
-def watched_routers(policy: PolicyModel) -> Iterator[list[tuple[int, torch.Tensor]]]:
+def watched_routers(*chunks: PolicyModel) -> Iterator[list[tuple[int, torch.Tensor]]]:
     """Every call of a router inside the block: its layer's number, and the experts [S, K] its routing map activates."""
     calls: list[tuple[int, torch.Tensor]] = []
 
@@ -79,7 +85,7 @@ def watched_routers(policy: PolicyModel) -> Iterator[list[tuple[int, torch.Tenso
 
         return after_router
 
-    layers = [layer for layer in policy.decoder.layers if layer.is_moe_layer]
+    layers = [layer for chunk in chunks for layer in chunk.decoder.layers if layer.is_moe_layer]
     hooks = [layer.mlp.router.register_forward_hook(watch(layer.layer_number)) for layer in layers]
     yield calls
     for hook in hooks:

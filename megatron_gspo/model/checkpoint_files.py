@@ -25,6 +25,9 @@ from megatron_gspo.types import UserError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+#: Where a checkpoint's files are until all of them are written.
+ASIDE = ".incomplete"
+
 #: What of a checkpoint is not weights and is taken over from the template as it is, where it exists.
 COPIED_FILES = (
     "generation_config.json",
@@ -44,10 +47,12 @@ def has_weights(path: Path) -> bool:
     """Whether the checkpoint directory has weights, or only a configuration.
 
     Raises:
-        UserError: it has weights, but not as safetensors.
+        UserError: it has weights, but half written or not as safetensors.
     """
     if any(path.glob("*.safetensors")) or (path / INDEX_FILE).exists():
         return True
+    if (path / ASIDE).exists():
+        raise UserError(f"model.path: writing the weights of {path} was broken off; write them again")
     for other in sorted(path.glob("pytorch_model*.bin")):
         raise UserError(f"model.path: {other} is a pickle, and only safetensors are read; convert it first")
     return False
@@ -123,7 +128,7 @@ class CheckpointWriter:
         self._file_of = _plan_files(sizes, shard_bytes)
         self._last_of_file = {file: name for name, file in self._file_of.items()}
         self._collected: dict[str, Tensor] = {}
-        self._aside = path / ".incomplete"
+        self._aside = path / ASIDE
         self._aside.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:

@@ -108,15 +108,6 @@ def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tens
         yield from zip(slot.names, whole, strict=True)
 
 
-def _expected_shapes(dimensions: Dimensions) -> dict[str, tuple[int, ...]]:
-    """The shape of every Hugging Face tensor of the model, by name, in the order of export."""
-    return {
-        name: shape
-        for slot in all_slots(dimensions)
-        for name, shape in zip(slot.names, slot.shapes(dimensions), strict=True)
-    }
-
-
 def save_hf_checkpoint(
     chunks: Sequence[PolicyModel], path: Path, template: Path, *, shard_bytes: int = SHARD_BYTES
 ) -> None:
@@ -148,6 +139,15 @@ def local_weights(chunks: Sequence[PolicyModel], dimensions: Dimensions) -> Iter
             unclaimed.discard(name)
             yield slot, weight.detach()
         assert not unclaimed, f"parameters without a Hugging Face name: {sorted(unclaimed)}"
+
+
+def _expected_shapes(dimensions: Dimensions) -> dict[str, tuple[int, ...]]:
+    """The shape of every Hugging Face tensor of the model, by name, in the order of export."""
+    return {
+        name: shape
+        for slot in all_slots(dimensions)
+        for name, shape in zip(slot.names, slot.shapes(dimensions), strict=True)
+    }
 
 
 def _fill(chunks: Sequence[PolicyModel], dimensions: Dimensions, source: Callable[[str], Sliceable]) -> None:

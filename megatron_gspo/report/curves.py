@@ -18,7 +18,7 @@ from megatron_gspo.report.metrics import read_metrics
 from megatron_gspo.types import UserError
 
 # Two hues that stay apart without colour vision (Okabe and Ito, 2008), and a dash that tells them apart in grey.
-FIRST, SECOND = "#0072B2", "#D55E00"
+STYLES = (("#0072B2", "solid"), ("#D55E00", "dash"))
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Panel:
 PANELS = (
     Panel(
         "Reward",
-        {"reward/mean": "rollouts", "eval/*/pass_at_1": "held-out problems (pass@1)"},
+        {"reward/mean": "rollouts", "eval/*/pass_at_1": "held-out problems, pass@1 (dashed)"},
         "Mean reward of each step's rollouts, and the share of held-out problems solved by a sample.",
     ),
     Panel(
@@ -45,7 +45,7 @@ PANELS = (
     ),
     Panel(
         "Spread of the importance ratio",
-        {"ratio/token_log_std": "token, log w", "ratio/sequence_log_std": "sequence, log s"},
+        {"ratio/token_log_std": "token, log w", "ratio/sequence_log_std": "sequence, log s (dashed)"},
         "Standard deviation of the log-ratios between new and old policy, by token (eq. 3) and by sequence (eq. 8).",
         logarithmic=True,
     ),
@@ -99,7 +99,7 @@ def _page(run: Path, steps: list[dict[str, float]]) -> str:
     figure = make_subplots(
         rows=rows,
         cols=columns,
-        subplot_titles=[f"<b>{panel.title}</b>" for panel in PANELS],
+        subplot_titles=[_title(panel) for panel in PANELS],
         horizontal_spacing=0.08,
         vertical_spacing=0.09,
     )
@@ -108,9 +108,9 @@ def _page(run: Path, steps: list[dict[str, float]]) -> str:
         _draw(figure, panel, steps, row, column)
         figure.update_xaxes(title_text="step", row=row, col=column)
         if panel.logarithmic:
-            figure.update_yaxes(type="log", exponentformat="power", row=row, col=column)
+            figure.update_yaxes(type="log", dtick="D2", tickformat=".1g", row=row, col=column)
     figure.update_layout(
-        height=340 * rows, template="simple_white", showlegend=False, margin={"t": 40, "l": 50, "r": 30}
+        height=340 * rows, template="simple_white", showlegend=False, margin={"t": 70, "l": 50, "r": 30}
     )
     title = html.escape(run.name)
     explanations = "".join(f"<dt>{panel.title}</dt><dd>{panel.how_to_read}</dd>" for panel in PANELS)
@@ -125,9 +125,17 @@ def _page(run: Path, steps: list[dict[str, float]]) -> str:
     )
 
 
+def _title(panel: Panel) -> str:
+    """The panel's title with its legend: each series in its own colour, where the eye already is."""
+    legends = [
+        f"<span style='color:{color}'>{legend}</span>"
+        for legend, (color, _) in zip(panel.metrics.values(), STYLES, strict=False)
+    ]
+    return f"<b>{panel.title}</b>: {', '.join(legends)}"
+
+
 def _draw(figure: go.Figure, panel: Panel, steps: list[dict[str, float]], row: int, column: int) -> None:
-    styles = [(FIRST, "solid"), (SECOND, "dash")]
-    for (pattern, legend), (color, dash) in zip(panel.metrics.items(), styles, strict=False):
+    for (pattern, legend), (color, dash) in zip(panel.metrics.items(), STYLES, strict=False):
         for name in _matching(pattern, steps):
             points = _points(steps, name)
             if not points:
@@ -136,12 +144,8 @@ def _draw(figure: go.Figure, panel: Panel, steps: list[dict[str, float]], row: i
                 go.Scatter(
                     x=[step for step, _ in points],
                     y=[value for _, value in points],
-                    mode="lines+markers+text" if len(points) < 60 else "lines+text",
+                    mode="lines+markers" if len(points) < 60 else "lines",
                     line={"color": color, "dash": dash, "width": 2},
-                    # A label at the line's end does what a legend does, without sending the eye away.
-                    text=[""] * (len(points) - 1) + [legend],
-                    textposition="top left",
-                    textfont={"color": color},
                     name=legend,
                     hovertemplate=f"{legend}: %{{y:.4g}}<extra>step %{{x}}</extra>",
                 ),

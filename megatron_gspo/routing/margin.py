@@ -19,9 +19,9 @@ NUM_MARGIN_BINS = (LARGEST_EXPONENT - SMALLEST_EXPONENT) * BINS_PER_DECADE
 
 
 def margin_bin_edges() -> torch.Tensor:
-    """The bounds between margin bins: [NUM_MARGIN_BINS - 1] float64. The first bin holds 0 too, the last is open."""
+    """The bounds between margin bins: [NUM_MARGIN_BINS - 1] float32. The first bin holds 0 too, the last is open."""
     steps = torch.arange(1, NUM_MARGIN_BINS, dtype=torch.float64)
-    return 10.0 ** (SMALLEST_EXPONENT + steps / BINS_PER_DECADE)
+    return (10.0 ** (SMALLEST_EXPONENT + steps / BINS_PER_DECADE)).float()
 
 
 def margin_bins(margin: torch.Tensor) -> torch.Tensor:
@@ -36,8 +36,8 @@ def margin_bins(margin: torch.Tensor) -> torch.Tensor:
             f"the router margin at [token, layer] {first.tolist()} is {float(margin[tuple(first)])}; "
             "the K-th largest score minus the K+1-th is 0 or more"
         )
-    bins = ((margin.detach().float().log10() - SMALLEST_EXPONENT) * BINS_PER_DECADE).floor()
-    return bins.clamp(0, NUM_MARGIN_BINS - 1).to(torch.int32)
+    edges = margin_bin_edges().to(margin.device)
+    return torch.bucketize(margin.detach().float(), edges, right=True, out_int32=True)
 
 
 def margin_auc(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,7 +97,7 @@ def to_arrays(change: RoutingChange) -> dict[str, np.ndarray]:
     tokens                    [L, P, K + 1] tokens, by position in the response and number of experts replaced
     load_old, load_new        [L, E] tokens each expert got under the old and the new policy
     lost, gained              [L, E] tokens that left and that joined each expert
-    margin_edges              [M - 1] float64, bounds of the margin bins
+    margin_edges              [M - 1] float32, bounds of the margin bins
     margin_tokens             [L, M, 2] tokens by old margin, unchanged and changed; zeros where margins are unknown
     change_rate               [L] float64, c; NaN where there is no token, here and below
     change_rate_by_position   [L, P] float64

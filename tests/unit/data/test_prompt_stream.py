@@ -56,15 +56,15 @@ def test_prompt_ids_stay_unique_when_a_problem_comes_again(path: str) -> None:
     assert len({prompt.id for prompt in prompts}) == 3 * NUM_PROBLEMS
 
 
-@pytest.mark.parametrize("name", ["file", "arithmetic_chain"])
-def test_a_resumed_stream_goes_on_exactly(name: str, path: str) -> None:
+@pytest.mark.parametrize(("name", "max_prompt_tokens"), [("file", 8), ("arithmetic_chain", 10)])
+def test_a_resumed_stream_goes_on_exactly(name: str, max_prompt_tokens: int, path: str) -> None:
     name = path if name == "file" else name
-    uninterrupted = open_train(name, max_prompt_tokens=8).next_prompts(30)
-    stopped = open_train(name, max_prompt_tokens=8)
+    uninterrupted = open_train(name, max_prompt_tokens=max_prompt_tokens).next_prompts(30)
+    stopped = open_train(name, max_prompt_tokens=max_prompt_tokens)
     before = stopped.next_prompts(13)
     saved = json.loads(json.dumps(stopped.state()))
 
-    resumed = open_train(name, max_prompt_tokens=8)
+    resumed = open_train(name, max_prompt_tokens=max_prompt_tokens)
     resumed.load_state(saved)
 
     assert before + resumed.next_prompts(17) == uninterrupted

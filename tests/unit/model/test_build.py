@@ -19,7 +19,7 @@ from tests.tiny_models import dense_config, model_section, moe_config
         (moe_config(), {"tensor": 3}, r"parallel\.tensor is 3, .*num_attention_heads, 4"),
         (
             moe_config(num_attention_heads=12, num_key_value_heads=4, vocab_size=66),
-            {"tensor": 6},
+            {"tensor": 6, "expert_tensor": 1},
             r"parallel\.tensor is 6, .*num_key_value_heads, 4",
         ),
         (dense_config(intermediate_size=49), {"tensor": 2}, r"parallel\.tensor is 2, .*intermediate_size, 49"),

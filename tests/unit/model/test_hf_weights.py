@@ -171,6 +171,14 @@ def test_files_that_cannot_be_read_are_named(checkpoint: Path):
         load_hf_weights(chunks, checkpoint)
 
 
+def test_a_checkpoint_whose_writing_was_broken_off_is_not_taken_for_a_configuration(checkpoint: Path):
+    (checkpoint / ".incomplete").mkdir()
+    assert has_weights(checkpoint)
+    (checkpoint / "model.safetensors").rename(checkpoint / ".incomplete" / "model.safetensors")
+    with pytest.raises(UserError, match="broken off"):
+        has_weights(checkpoint)
+
+
 def test_only_a_configuration_gives_random_weights_and_pickles_are_refused(checkpoint: Path):
     assert has_weights(checkpoint)
     (checkpoint / "model.safetensors").unlink()

@@ -1,6 +1,7 @@
 """What routing change does to the ratios: against NumPy on all the data at once, and where the answer is known."""
 
 from functools import reduce
+from itertools import pairwise
 from operator import add
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_gspo.routing.ratio_coupling import coupling_metrics, couple_change_to_ratio, response_means
+from megatron_gspo.routing.ratio_coupling import couple_change_to_ratio, coupling_metrics, response_means
 
 T = 300
 
@@ -36,12 +37,12 @@ def test_metrics_are_numpys():
     assert metrics["ratio/token_log_std_changed"] > 5 * metrics["ratio/token_log_std_unchanged"]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, T), max_size=4))
 def test_micro_batches_add_up_to_the_whole(cuts):
     log_ratio, rates = token_data()
     edges = [0, *sorted(cuts), T]
-    parts = [couple_change_to_ratio(log_ratio[a:b], rates[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [couple_change_to_ratio(log_ratio[a:b], rates[a:b]) for a, b in pairwise(edges)]
     total = parts[0].from_vector(reduce(add, parts).to_vector())
     whole = couple_change_to_ratio(log_ratio, rates)
     assert coupling_metrics(total, "token") == pytest.approx(coupling_metrics(whole, "token"), rel=1e-10)
@@ -67,8 +68,10 @@ def test_a_constant_correlates_with_nothing_and_what_was_not_measured_is_absent(
     log_ratio, _ = token_data()
     unchanged = coupling_metrics(couple_change_to_ratio(log_ratio, torch.zeros(T)), "token")
     assert set(unchanged) == {"ratio/token_log_std_unchanged", "ratio/token_abs_log_mean_unchanged"}
-    always = coupling_metrics(couple_change_to_ratio(log_ratio, torch.full((T,), 0.1)), "sequence")
-    assert set(always) == {"ratio/sequence_log_std_changed", "ratio/sequence_abs_log_mean_changed"}
+    # Rounding leaves some of these constants a variance above 0.
+    for rate in torch.rand(300, generator=torch.Generator().manual_seed(2), dtype=torch.float64):
+        always = coupling_metrics(couple_change_to_ratio(log_ratio, rate.expand(T)), "sequence")
+        assert set(always) == {"ratio/sequence_log_std_changed", "ratio/sequence_abs_log_mean_changed"}
     assert coupling_metrics(couple_change_to_ratio(torch.zeros(0), torch.zeros(0)), "token") == {}
 
 

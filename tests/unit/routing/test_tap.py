@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron_gspo.routing.tap import RoutingTaps, moe_layer_numbers
 from tests.routed_models import (
     as_sets,
     assert_bit_equal,
+    forward,
     forward_and_backward,
     loss_of,
     micro_batches,
@@ -63,9 +63,8 @@ def test_dense_layers_do_not_shift_the_numbers_of_moe_layers():
     policy, batches = policy_model(MIXED), micro_batches()
     taps = RoutingTaps([policy])
     assert taps.layout.moe_layers == taps.layout.rank_layers == (4, 6)
-    with taps.record(batches) as session, watched_routers(policy) as calls, torch.no_grad():
-        for batch in batches:
-            policy(batch)
+    with taps.record(batches) as session, watched_routers(policy) as calls:
+        forward(policy, batches)
     assert [number for number, _ in calls] == [4, 6] * len(batches)
     for index, (number, experts) in enumerate(calls):
         recorded = session.natural_routes[index // 2].experts[:, [4, 6].index(number)]
@@ -84,9 +83,8 @@ def test_every_micro_batch_gets_its_own_routes_when_passes_interleave(recompute:
     """One-forward-one-backward: micro-batch 0 goes backward after micro-batch 1 went forward."""
     policy, batches = policy_model(recompute=recompute), micro_batches()
     taps = RoutingTaps([policy])
-    with taps.record(batches) as session, torch.no_grad():
-        for batch in batches:
-            policy(batch)
+    with taps.record(batches) as session:
+        forward(policy, batches)
     update([policy])
     with taps.replay(session.natural_routes, batches), watched_routers(policy) as calls:
         first, second = loss_of(policy(batches[0])), loss_of(policy(batches[1]))
@@ -94,14 +92,10 @@ def test_every_micro_batch_gets_its_own_routes_when_passes_interleave(recompute:
         third = loss_of(policy(batches[2]))
         second.backward()
         third.backward()
-    num_layers = len(policy.decoder.layers)
-    forward = [(0, number) for number in range(1, num_layers + 1)]
-    backward = [(0, number) for number in range(num_layers, 0, -1)] if recompute == "full" else []
-
-    def of(position: int, entries: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        return [(position, number) for _, number in entries]
-
-    order = of(0, forward) + of(1, forward) + of(0, backward) + of(2, forward) + of(1, backward) + of(2, backward)
+    layers = [layer.layer_number for layer in policy.decoder.layers]
+    went_forward = {position: [(position, number) for number in layers] for position in range(3)}
+    recomputed = {position: entries[::-1] if recompute == "full" else [] for position, entries in went_forward.items()}
+    order = went_forward[0] + went_forward[1] + recomputed[0] + went_forward[2] + recomputed[1] + recomputed[2]
     assert len(calls) == len(order)
     for (number, experts), (position, expected_number) in zip(calls, order, strict=True):
         assert number == expected_number
@@ -114,13 +108,11 @@ def test_a_second_or_rebuilt_model_leaves_the_first_ones_taps_at_work():
     taps = RoutingTaps([first])
     second = policy_model(seed=6)
     second_taps = RoutingTaps([second])
-    with taps.record(batches) as session, watched_routers(first) as calls, torch.no_grad():
-        second(batches[0])  # its routers ask nobody
-        for batch in batches:
-            first(batch)
-    with second_taps.record(batches) as second_session, torch.no_grad():
-        for batch in batches:
-            second(batch)
+    with taps.record(batches) as session, watched_routers(first) as calls:
+        forward(second, batches)  # its routers ask nobody
+        forward(first, batches)
+    with second_taps.record(batches) as second_session:
+        forward(second, batches)
     recorded = torch.cat([routes.experts.transpose(0, 1) for routes in session.natural_routes], dim=1)
     for number, layer_calls in ((number, [e for n, e in calls if n == number]) for number in (1, 2, 3, 4)):
         assert torch.equal(as_sets(recorded[number - 1]), torch.cat(layer_calls))
@@ -131,27 +123,22 @@ def test_a_second_or_rebuilt_model_leaves_the_first_ones_taps_at_work():
 def test_routers_orphaned_by_a_rebuilt_decoder_are_noticed():
     policy, batches = policy_model(), micro_batches()
     taps = RoutingTaps([policy])
-    policy.decoder = copy.deepcopy(policy.decoder)
+    policy.decoder = policy_model(seed=6).decoder
     with (
         pytest.raises(RoutingReplayError, match="layer 1, micro-batch 0: the router asked never, once was expected"),
         taps.record(batches),
-        torch.no_grad(),
     ):
-        for batch in batches:
-            policy(batch)
+        forward(policy, batches)
 
 
 def test_a_reference_pass_during_replay_is_not_replayed():
     policy, reference, batches = policy_model(), policy_model(seed=6), micro_batches()
-    with torch.no_grad():
-        expected = [reference(batch).log_probs for batch in batches]
-        with RoutingTaps([policy]).record(batches) as session:
-            for batch in batches:
-                policy(batch)
-        with RoutingTaps([policy]).replay(session.natural_routes, batches):
-            for batch, log_probs in zip(batches, expected, strict=True):
-                policy(batch)
-                assert torch.equal(reference(batch).log_probs, log_probs)
+    expected = forward(reference, batches)
+    with RoutingTaps([policy]).record(batches) as session:
+        forward(policy, batches)
+    with RoutingTaps([policy]).replay(session.natural_routes, batches):
+        forward(policy, batches)
+        assert all(map(torch.equal, forward(reference, batches), expected))
 
 
 def test_a_micro_batch_that_is_not_in_the_session_is_refused():
@@ -179,34 +166,33 @@ def test_a_surplus_pass_is_refused_naming_layer_and_micro_batch(recompute: str):
         pytest.raises(RoutingReplayError, match="layer 4, micro-batch 1: it passes through the layer a second time"),
         RoutingTaps([policy]).record(batches),
     ):
-        policy(batches[1])
-        policy(batches[1])
+        forward_and_backward(policy, [batches[1], batches[1]])
+
+
+def backward_twice(loss: torch.Tensor) -> None:
+    loss.backward(retain_graph=True)
+    loss.backward()
 
 
 def test_a_surplus_recomputation_is_refused():
     policy, batches = policy_model(recompute="full"), micro_batches()
     with (
-        pytest.raises(RoutingReplayError, match=r"layer 4, micro-batch 0: the router asks 3 times; twice was expected"),
+        pytest.raises(RoutingReplayError, match="layer 4, micro-batch 0: the router asks 3 times; twice was expected"),
         RoutingTaps([policy]).record(batches),
     ):
-        loss = loss_of(policy(batches[0]))
-        loss.backward(retain_graph=True)
-        loss.backward()
+        backward_twice(loss_of(policy(batches[0])))
 
 
 def test_an_unconsumed_micro_batch_is_an_error_on_leaving():
     policy, batches = policy_model(MIXED), micro_batches()
     taps = RoutingTaps([policy])
-    with taps.record(batches) as session, torch.no_grad():
-        for batch in batches:
-            policy(batch)
+    with taps.record(batches) as session:
+        forward(policy, batches)
     with (
-        pytest.raises(RoutingReplayError, match="layer 4, micro-batch 2: .* never, once was expected; .* 2 of 6"),
+        pytest.raises(RoutingReplayError, match=r"layer 4, micro-batch 2: .* never, once was expected; .* 2 of 6"),
         taps.replay(session.natural_routes, batches),
-        torch.no_grad(),
     ):
-        policy(batches[0])
-        policy(batches[1])
+        forward(policy, batches[:2])
 
 
 def test_a_backward_pass_that_would_recompute_outside_the_session_is_an_error():
@@ -215,16 +201,14 @@ def test_a_backward_pass_that_would_recompute_outside_the_session_is_an_error():
         pytest.raises(RoutingReplayError, match="layer 1, micro-batch 0: the router asked once, twice was expected"),
         RoutingTaps([policy]).record(batches),
     ):
-        for batch in batches:
-            policy(batch)
+        _ = [policy(batch) for batch in batches]
 
 
 def test_full_recomputation_is_expected_only_where_there_is_a_backward_pass():
     policy, batches = policy_model(recompute="full"), micro_batches()
     taps = RoutingTaps([policy])
-    with taps.record(batches), torch.no_grad():
-        for batch in batches:
-            policy(batch)
+    with taps.record(batches):
+        forward(policy, batches)
     policy.eval()  # Megatron recomputes nothing in evaluation mode
     with taps.record(batches):
         for batch in batches:
@@ -236,11 +220,10 @@ def test_a_session_inside_a_session_is_refused_and_the_outer_one_goes_on(second_
     policy, batches = policy_model(), micro_batches()
     taps = RoutingTaps([policy])
     inner = RoutingTaps([policy]) if second_taps else taps
-    with taps.record(batches) as session, torch.no_grad():
+    with taps.record(batches) as session:
         with pytest.raises(RoutingReplayError, match="already"), inner.record(batches):
             pass
-        for batch in batches:
-            policy(batch)
+        forward(policy, batches)
     assert len(session.natural_routes) == len(batches)
 
 

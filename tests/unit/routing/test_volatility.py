@@ -1,6 +1,7 @@
 """What is counted about changing routes: against Python sets, adding up, and as metrics and arrays."""
 
 from functools import reduce
+from itertools import pairwise
 from operator import add
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_change_is_counted_where_in_the_response_it_happens():
     np.testing.assert_array_equal(by_position, [[0, 0, 0, 1]] * L)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, T), max_size=4), st.booleans())
 def test_parts_of_the_tokens_add_up_to_the_whole(cuts, through_vectors):
     old, new = partly_changed()
@@ -112,10 +113,7 @@ def test_parts_of_the_tokens_add_up_to_the_whole(cuts, through_vectors):
     positions, margin = torch.rand(T, generator=generator), torch.rand(T, L, generator=generator)
     whole = counted(old, new, positions, old_margin=margin)
     edges = [0, *sorted(cuts), T]
-    parts = [
-        counted(old[a:b], new[a:b], positions[a:b], old_margin=margin[a:b])
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
-    ]
+    parts = [counted(old[a:b], new[a:b], positions[a:b], old_margin=margin[a:b]) for a, b in pairwise(edges)]
     if through_vectors:  # as an all-reduce adds them
         total = whole.from_vector(torch.stack([part.to_vector() for part in parts]).sum(0))
     else:
