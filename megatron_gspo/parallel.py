@@ -168,6 +168,33 @@ def max_over_data_ranks(value: int) -> int:
     return round(_reduce_over_data_ranks([float(value)], dist.ReduceOp.MAX)[0])
 
 
+def sum_over_all_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values`, equally shaped everywhere, summed over every rank of the run; `values` itself is left alone."""
+    return _sum(values, None)
+
+
+def sum_over_tensor_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over the ranks that hold parts of the same layers."""
+    return _sum(values, parallel_state.get_tensor_model_parallel_group())
+
+
+def sum_over_stages(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over the pipeline stages of one copy of the model."""
+    return _sum(values, parallel_state.get_pipeline_model_parallel_group())
+
+
+def is_first_tensor_rank() -> bool:
+    """Whether this rank is the one to count what all tensor-parallel ranks of its group know alike."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0
+
+
+def _sum(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    total = values.to(device=device(), copy=True)
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(total, group=group)
+    return total
+
+
 def _reduce_over_data_ranks(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
     totals = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(totals, op=operation, group=parallel_state.get_data_parallel_group())

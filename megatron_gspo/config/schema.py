@@ -123,6 +123,12 @@ class RoutingSection(Section):
     """Routing Replay (§5.3): r2 replays the routes of the old-policy pass, r3 those of the rollout engine."""
     measure: Switch = True
     """Measure expert volatility: routes under the new policy against the old one's. A dense model has none to measure."""
+    probe_every: Positive = 1
+    """Steps between measurements on the probe, a batch forwarded without replay before and after the step's updates."""
+    probe_responses: Positive = 16
+    """Responses of the step that make up the probe, over all replicas: every n-th one."""
+    routes_on_host: Switch = False
+    """Keep recorded routes in (pinned) host memory instead of on the GPU."""
 
 
 class RolloutSection(Section):

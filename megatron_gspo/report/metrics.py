@@ -5,6 +5,7 @@
     metrics.jsonl      one JSON object a step, flat keys; `step` and `policy_version` in each
     log.txt            what the program said, with times
     tensorboard/       the same metrics as TensorBoard events
+    volatility/        step_*.npz, how routes changed: arrays named measurement/array (docs/volatility.md)
     checkpoints/       the policy, as saved by training
 
 In: flat metric dictionaries. Out: the files, each line whole and flushed when `write` returns.
@@ -19,6 +20,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -79,6 +82,15 @@ class RunDirectory:
                 self.tensorboard.add_scalar(name, value, step)
         if self.wandb_run is not None:
             self.wandb_run.log(dict(metrics), step=step)
+
+    def write_volatility(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a step's volatility arrays in `volatility/step_{step}.npz`, which is whole or not there."""
+        directory = self.path / "volatility"
+        directory.mkdir(exist_ok=True)
+        aside = directory / f".step_{step}.npz.part"
+        with aside.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays)
+        aside.rename(directory / f"step_{step}.npz")
 
     def close(self) -> None:
         """Flush and close everything."""

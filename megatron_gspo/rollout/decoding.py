@@ -1,19 +1,21 @@
 """One batch of responses: prompts are read once, then every step samples a token for each unfinished response.
 
-In: a Transformers model and token ids. Out: sampled token ids with their log-probs. All responses of a batch start at the
-same column, because prompts are padded on the left; a finished response leaves the batch together with its rows of the
-key-value cache.
+In: a Transformers model and token ids. Out: sampled token ids with their log-probs and, if asked, the experts that each
+token was routed to. All responses of a batch start at the same column, because prompts are padded on the left; a finished
+response leaves the batch together with its rows of the key-value cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_gspo.rollout.kv_cache import GrowingCache
 from megatron_gspo.rollout.sampling import choose_tokens, draw_uniforms
@@ -31,6 +33,7 @@ class SampledTokens:
     token_ids: np.ndarray  # [tokens] int64
     log_probs: np.ndarray  # [tokens] float32
     stopped: bool  # whether the last token is a stop token
+    routed_experts: np.ndarray | None = None  # [prompt + tokens - 1, L, K] uint8 up to 256 experts, uint16 above
 
 
 @torch.inference_mode()
@@ -40,32 +43,43 @@ def decode(
     prompt_of_response: Sequence[int],
     settings: SamplingSettings,
     generator: torch.Generator,
+    routers: Sequence[Qwen3MoeTopKRouter] = (),
 ) -> list[SampledTokens]:
     """Sample one response for each entry of `prompt_of_response`, an index into `prompts`.
 
     Args:
         prompts: token ids, at least one each.
         generator: a CPU generator; the batch takes a fixed number of draws from it, whatever is sampled.
+        routers: the model's L routers, in depth order, to return the routes of each response; none to do without.
     """
     uniforms = draw_uniforms(len(prompt_of_response), settings, generator).to(model.device)
     stop_token_ids = torch.tensor(settings.stop_token_ids, dtype=torch.int64, device=model.device)
     record = _Record.of(len(prompt_of_response), settings.max_response_tokens, model.device)
-    rows, logits = _read_prompts(model, prompts, prompt_of_response, settings.max_response_tokens)
-    for step in range(settings.max_response_tokens):
-        tokens, log_probs = choose_tokens(logits, uniforms[rows.responses, step], settings)
-        record.token_ids[rows.responses, step] = tokens
-        record.log_probs[rows.responses, step] = log_probs
-        stopped = torch.isin(tokens, stop_token_ids) & ~rows.finished
-        record.stop_steps.index_put_((rows.responses[stopped],), torch.tensor(step, device=model.device))
-        rows.finished |= stopped
-        num_finished = int(rows.finished.sum())
-        if num_finished == len(tokens) or step + 1 == settings.max_response_tokens:
-            break
-        if num_finished >= _FINISHED_SHARE_TO_LEAVE * len(tokens):
-            unfinished = (~rows.finished).nonzero().squeeze(1)
-            rows, tokens = rows.select(unfinished), tokens[unfinished]
-        logits = rows.forward(model, tokens, step)
-    return record.responses()
+    with _Routes(routers, len(prompt_of_response), settings.max_response_tokens) as routes:
+        rows, logits = _read_prompts(model, prompts, prompt_of_response, settings.max_response_tokens)
+        routes.end_prompts(len(prompts))
+        for step in range(settings.max_response_tokens):
+            tokens, log_probs = choose_tokens(logits, uniforms[rows.responses, step], settings)
+            record.token_ids[rows.responses, step] = tokens
+            record.log_probs[rows.responses, step] = log_probs
+            stopped = torch.isin(tokens, stop_token_ids) & ~rows.finished
+            record.stop_steps.index_put_((rows.responses[stopped],), torch.tensor(step, device=model.device))
+            rows.finished |= stopped
+            num_finished = int(rows.finished.sum())
+            if num_finished == len(tokens) or step + 1 == settings.max_response_tokens:
+                break
+            if num_finished >= _FINISHED_SHARE_TO_LEAVE * len(tokens):
+                unfinished = (~rows.finished).nonzero().squeeze(1)
+                rows, tokens = rows.select(unfinished), tokens[unfinished]
+            logits = rows.forward(model, tokens, step)
+            routes.end_step(rows.responses, step)
+    sampled = record.responses()
+    if not routers:
+        return sampled
+    return [
+        replace(tokens, routed_experts=routes.of_response(index, len(tokens.token_ids), prompt, len(prompts[prompt])))
+        for index, (tokens, prompt) in enumerate(zip(sampled, prompt_of_response, strict=True))
+    ]
 
 
 @dataclass
@@ -92,6 +106,65 @@ class _Record:
             SampledTokens(token_ids[i, : stop + 1].copy(), log_probs[i, : stop + 1].copy(), stop < max_response_tokens)
             for i, stop in enumerate(self.stop_steps.tolist())
         ]
+
+
+class _Routes:
+    """What the routers chose in one batch: forward hooks, which exist within the `with` block, collect each forward pass.
+
+    Every row of a pass is kept, those of padding and of finished responses too; `of_response` reads what counts. Without
+    routers nothing is hooked or kept.
+    """
+
+    _of_prompts: np.ndarray  # [prompts, prompt width, L, K], on the host like the next
+    _of_steps: np.ndarray  # [responses, max_response_tokens - 1, L, K]; the last token is never fed back, so not routed
+
+    def __init__(self, routers: Sequence[Qwen3MoeTopKRouter], num_responses: int, max_response_tokens: int) -> None:
+        self._routers = routers
+        self._handles: list[RemovableHandle] = []
+        self._chosen: list[Tensor] = []  # one [rows × columns, K] a router, of the forward pass under way
+        if not routers:
+            return
+        num_experts, top_k = routers[0].num_experts, routers[0].top_k
+        self._dtype = torch.uint8 if num_experts <= 256 else torch.uint16
+        # As long as the longest response may become; its pages take no memory before they are written.
+        shape = (num_responses, max_response_tokens - 1, len(routers), top_k)
+        self._of_steps = torch.empty(shape, dtype=self._dtype).numpy()
+
+    def __enter__(self) -> _Routes:
+        self._handles = [router.register_forward_hook(self._collect) for router in self._routers]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def end_prompts(self, num_prompts: int) -> None:
+        """The forward pass over `num_prompts` padded prompts is complete."""
+        if self._routers:
+            routes = self._end_pass()
+            self._of_prompts = routes.reshape(num_prompts, -1, *routes.shape[1:])
+
+    def end_step(self, responses: Tensor, step: int) -> None:
+        """The forward pass over the tokens that `responses` [rows] sampled at `step` is complete."""
+        if self._routers:
+            self._of_steps[responses.cpu().numpy(), step] = self._end_pass()
+
+    def of_response(self, response: int, num_tokens: int, prompt: int, num_prompt_tokens: int) -> np.ndarray:
+        """[prompt + tokens - 1, L, K]: the prompt's routes, without its padding on the left, then the response's."""
+        width = self._of_prompts.shape[1]
+        of_prompt = self._of_prompts[prompt, width - num_prompt_tokens :]
+        return np.concatenate([of_prompt, self._of_steps[response, : num_tokens - 1]])
+
+    def _collect(self, router: nn.Module, inputs: object, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        # A router of Transformers 5.23 returns logits, gate values and the indices that its layer hands to the experts.
+        self._chosen.append(outputs[2].to(self._dtype))
+
+    def _end_pass(self) -> np.ndarray:
+        """[rows × columns, L, K]: what the routers chose since the last call."""
+        assert len(self._chosen) == len(self._routers), "each router is called once a forward pass"
+        routes = torch.stack(self._chosen, dim=1)
+        self._chosen.clear()
+        return routes.cpu().numpy()
 
 
 @dataclass

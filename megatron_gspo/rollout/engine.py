@@ -26,7 +26,9 @@ class RolloutEngine(Protocol):
       restrict what can be sampled but do not renormalise them: the trainer recomputes the same quantity without knowing
       the restriction. At temperature 0, where sampling is greedy, they are taken at temperature 1.
     - `weight_version` is the version of the weights that sampled every one of its tokens.
-    - `routed_experts` is given by engines that can record it, and None otherwise.
+    - `routed_experts` is given by an engine that was built to return it, and None otherwise: the experts [prompt +
+      response - 1, L, K] that sampling sent each token to, in uint8 up to 256 experts and uint16 above. L counts MoE
+      layers from the first to the last; dense layers have no entry. The last token was never fed back, so it has none.
     """
 
     @property

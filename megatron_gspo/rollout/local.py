@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_gspo.rollout.cpu_layers import use_cpu_layers
 from megatron_gspo.rollout.decoding import decode
@@ -32,6 +33,7 @@ class LocalEngine:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         max_concurrent_responses: int = 256,
+        return_routed_experts: bool = False,
     ) -> None:
         """Build the model, without weights.
 
@@ -40,11 +42,13 @@ class LocalEngine:
             dtype: what the model computes in. Log-probs are float32 either way.
             device: where the model and its key-value cache lie.
             max_concurrent_responses: rows of a decoding batch. More responses are sampled batch after batch.
+            return_routed_experts: give each response the experts its tokens went to, as `routing.replay: r3` needs.
 
         Raises:
-            UserError: when the directory holds no model this engine can run.
+            UserError: when the directory holds no model this engine can run, or none with routes to return.
         """
         model = _build_model(config_path, dtype, torch.device(device))
+        self._routers = _routers_in_depth_order(model, config_path) if return_routed_experts else []
         self._model: PreTrainedModel | None = model
         self._destinations = _parameters_by_checkpoint_name(model)
         self._max_concurrent_responses = max_concurrent_responses
@@ -98,7 +102,8 @@ class LocalEngine:
             batch = wanted[start : start + self._max_concurrent_responses]
             first, last = batch[0], batch[-1]
             token_ids = [prompt.token_ids for prompt in prompts[first : last + 1]]
-            sampled = decode(model, token_ids, [index - first for index in batch], settings, generator)
+            prompt_of_response = [index - first for index in batch]
+            sampled = decode(model, token_ids, prompt_of_response, settings, generator, self._routers)
             responses += [
                 Response(
                     prompt_id=prompts[index].id,
@@ -106,6 +111,7 @@ class LocalEngine:
                     log_probs=tokens.log_probs,
                     finish_reason="stop" if tokens.stopped else "length",
                     weight_version=version,
+                    routed_experts=tokens.routed_experts,
                 )
                 for index, tokens in zip(batch, sampled, strict=True)
             ]
@@ -115,6 +121,7 @@ class LocalEngine:
     def close(self) -> None:
         """Free the model's memory."""
         self._model = None
+        self._routers = []
         self._destinations = {}
         self._weight_version = None
 
@@ -140,6 +147,17 @@ def _build_model(config_path: Path, dtype: torch.dtype, device: torch.device) ->
     if device.type == "cpu":
         use_cpu_layers(model)
     return model
+
+
+def _routers_in_depth_order(model: PreTrainedModel, config_path: Path) -> list[Qwen3MoeTopKRouter]:
+    """The router of each MoE layer. `modules()` yields layers from the first to the last, and dense ones have none."""
+    routers = [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]
+    if not routers:
+        raise UserError(
+            f"routing.replay: r3 replays the rollout engine's routes, and the model of {config_path}/config.json has no "
+            "MoE layer to route in; give off, or a qwen3_moe model"
+        )
+    return routers
 
 
 def _parameters_by_checkpoint_name(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -1,5 +1,12 @@
 """Which experts each token activates: Routing Replay, and how far an update changes the routes (expert volatility, §5.3).
 
+Recording and replaying happens inside Megatron's routers, for the length of a `with` block:
+
+    tap.py                  how does a router's question find its answer?   a model in, record and replay contexts out
+    replay.py               what is it answered, and was all of it used?    routes in, experts and live scores out
+    record.py               how are routes kept?                            layers and tokens in, room for experts out
+    engine_routes.py        what did the rollout engine choose (R3)?        its arrays in, packed routes out
+
 Measuring is pure functions on index tensors, one file a question:
 
     change.py               which experts did a token lose?             routes in, experts replaced out

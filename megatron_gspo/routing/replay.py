@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_gspo.routing.change import check_routes
 from megatron_gspo.routing.record import MicroBatchRoutes, RoutingLayout, RoutingReplayError
 from megatron_gspo.types import MicroBatch
 
@@ -70,6 +71,7 @@ class RoutingSession:
         self._micro_batches = tuple(micro_batches)  # kept alive, so that no other tensor gets the id of one of theirs
         self._ledger = CallLedger(layout.rank_layers, len(micro_batches))
         self._replayed = None if replayed is None else _PlannedReplay(layout, micro_batches, replayed)
+        self._shows_natural = note_natural
         self._natural = [
             MicroBatchRoutes.room_for(
                 layout,
@@ -78,7 +80,7 @@ class RoutingSession:
                 on_host=on_host,
                 margins=margins,
             )
-            for micro_batch in (micro_batches if note_natural else ())
+            for micro_batch in (micro_batches if self._needs_natural() else ())
         ]
         self._num_counted_tokens = [num_counted_tokens(layout, micro_batch) for micro_batch in micro_batches]
         self._counts = ReplayCounts()
@@ -98,7 +100,7 @@ class RoutingSession:
             raise RoutingReplayError(
                 "routes can be read when the pass that chooses them is over; it is not, or it failed"
             )
-        if len(self._natural) < len(self._micro_batches):
+        if not self._shows_natural:
             raise RoutingReplayError("this replay was not asked to note what the routers would have chosen")
         return self._natural
 
@@ -163,18 +165,21 @@ class RoutingSession:
             torch.cuda.current_stream().synchronize()
         self._complete = True
 
+    def _needs_natural(self) -> bool:
+        """Whether the routers' own choice is kept: also where tokens without a route are to take it, and again when
+        recomputed."""
+        has_gaps = self._replayed is not None and any(entry is not None for entry in self._replayed.has_route)
+        return self._shows_natural or has_gaps
+
     def _record(
         self, layer: int, position: int, scores: Tensor, top_k: TopK, *, is_first: bool
     ) -> tuple[Tensor, Tensor]:
         self._counts += ReplayCounts(num_live=self._num_counted_tokens[position])
-        routes = self._natural[position]
         if not is_first:
-            experts = routes.load(layer, scores.device)
+            experts = self._natural[position].load(layer, scores.device)
             return scores.gather(1, experts), experts
         values, experts = top_k(scores)
-        routes.store(layer, experts)
-        if routes.margins_by_layer is not None:
-            routes.store_margins(layer, router_margin(scores.detach(), values.detach(), experts))
+        self._note(layer, position, scores, values, experts)
         return values, experts
 
     def _replay(
@@ -183,14 +188,19 @@ class RoutingSession:
         self._counts += plan.counts[position]
         experts = plan.routes[position].load(layer, scores.device)
         has_route = plan.has_route[position]
-        notes_natural = is_first and bool(self._natural)
-        if notes_natural or has_route is not None:
-            _, natural = top_k(scores.detach())
-            if notes_natural:
-                self._natural[position].store(layer, natural)
-            if has_route is not None:
-                experts = torch.where(has_route[:, None], experts, natural)
+        if is_first and self._natural:
+            self._note(layer, position, scores, *top_k(scores.detach()))
+        if has_route is not None:
+            live = self._natural[position].load(layer, scores.device)
+            experts = torch.where(has_route[:, None], experts, live)
         return scores.gather(1, experts), experts
+
+    def _note(self, layer: int, position: int, scores: Tensor, values: Tensor, experts: Tensor) -> None:
+        """Keep the router's own choice."""
+        routes = self._natural[position]
+        routes.store(layer, experts)
+        if routes.margins_by_layer is not None:
+            routes.store_margins(layer, router_margin(scores.detach(), values.detach(), experts))
 
 
 class CallLedger:
@@ -290,6 +300,10 @@ def _check_fits(layout: RoutingLayout, position: int, micro_batch: MicroBatch, r
             f"layers {list(layout.rank_layers)}, micro-batch {position}: [layers, tokens, experts] must be "
             f"{list(expected)} {layout.dtype}, but the routes are {list(routes.by_layer.shape)} {routes.by_layer.dtype}"
         )
+    try:
+        check_routes(routes.experts, layout.num_experts, layers=layout.rank_layers, name=f"micro-batch {position}")
+    except ValueError as error:
+        raise RoutingReplayError(str(error)) from error
     if routes.has_route is not None and routes.has_route.shape != (tokens,):
         raise RoutingReplayError(
             f"micro-batch {position}: {len(routes.has_route)} tokens are marked as with or without a route, of {tokens}"

@@ -125,6 +125,7 @@ class RoutingTaps:
         micro_batches: Sequence[MicroBatch],
         *,
         note_natural: bool = False,
+        margins: bool = False,
         on_host: bool = False,
     ) -> Iterator[RoutingSession]:
         """Activate the experts of `routes`, one entry a micro-batch, while each of `micro_batches` passes through once.
@@ -134,13 +135,14 @@ class RoutingTaps:
 
         Args:
             note_natural: also note what the routers would have chosen given the same scores; it costs a top-k.
+            margins: with that, also each router's margin.
             on_host: keep those notes in host memory. Where `routes` are does not matter.
 
         Raises:
             RoutingReplayError: as `record`; and on entry, if `routes` do not fit `micro_batches`.
         """
         session = RoutingSession(
-            self.layout, micro_batches, replayed=routes, note_natural=note_natural, margins=False, on_host=on_host
+            self.layout, micro_batches, replayed=routes, note_natural=note_natural, margins=margins, on_host=on_host
         )
         with self._attached(session):
             yield session

@@ -21,7 +21,7 @@ from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.policy_loss import resolve_objective
 from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, build_trainable_policy
 from megatron_gspo.training.rollouts import Rollouts, hand_over_weights, load_tokenizer
-from megatron_gspo.types import UserError
+from megatron_gspo.training.routing import RoutingControl
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ class Run:
     policy: TrainablePolicy
     reference: list[PolicyModel] | None
     rollouts: Rollouts | None  # on data leaders
+    routing: RoutingControl | None  # None for a dense model
 
     def close(self) -> None:
         """Stop what runs beside the trainer."""
@@ -50,10 +51,6 @@ def assemble(recipe: Recipe) -> Run:
     Raises:
         UserError: the recipe asks for what this version does not have, or its model, data or reward cannot be used.
     """
-    if recipe.routing.replay != "off":
-        raise UserError(
-            f"routing.replay is {recipe.routing.replay!r}, which this version cannot train with; accepted: 'off'"
-        )
     recipe = with_clip_range(recipe)
     require_data_files(recipe)
     tokenizer = load_tokenizer(recipe.model.path)
@@ -73,6 +70,7 @@ def assemble(recipe: Recipe) -> Run:
         policy=build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe)),
         reference=reference,
         rollouts=Rollouts.of(recipe, tokenizer) if parallel.is_data_leader() else None,
+        routing=RoutingControl(models, recipe) if models[0].config.num_moe_experts is not None else None,
     )
     hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
     return run

@@ -38,6 +38,18 @@ class Experience:
         """All of this rank's groups."""
         return [group for mini_batch in self.mini_batches for group in mini_batch]
 
+    def samples(self) -> list[list[Sample]]:
+        """This rank's training sequences, by mini-batch."""
+        return [_samples(groups, first) for groups, first in zip(self.mini_batches, self.first_sample, strict=True)]
+
+    def routed_experts(self) -> dict[int, np.ndarray | None]:
+        """The rollout engine's routes of each sample, by `Sample.index`."""
+        return {
+            first + offset: response.routed_experts
+            for groups, first in zip(self.mini_batches, self.first_sample, strict=True)
+            for offset, response in enumerate(response for group in groups for response in group.responses)
+        }
+
 
 @dataclass(frozen=True)
 class MiniBatch:
@@ -55,7 +67,7 @@ def collect_experience(
 
     The data leader does it (`rollouts` is None elsewhere); the others of its model-parallel group get them from it.
     """
-    shares, first_sample = _shares(len(prompts), recipe)
+    shares, first_sample = prompt_shares(len(prompts), recipe)
     experience = None
     if rollouts is not None:
         own = [prompts[position] for share in shares for position in share]
@@ -77,8 +89,7 @@ def collect_experience(
 def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int) -> list[MiniBatch]:
     """Pack every mini-batch's responses into micro-batches: the step's plan, which each of its passes uses."""
     planned = []
-    for groups, first_sample in zip(experience.mini_batches, experience.first_sample, strict=True):
-        samples = _samples(groups, first_sample)
+    for samples in experience.samples():
         counts = parallel.sum_over_data_ranks(
             [float(len(samples)), float(sum(len(sample.response_token_ids) for sample in samples))]
         )
@@ -92,13 +103,16 @@ def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int)
     return planned
 
 
-def pack_samples(samples: Sequence[Sample], recipe: Recipe, pad_token_id: int) -> tuple[MicroBatch, ...]:
-    """Pack samples to the token budget; all data-parallel ranks get equally many micro-batches.
+def pack_samples(
+    samples: Sequence[Sample], recipe: Recipe, pad_token_id: int, *, token_budget: int | None = None
+) -> tuple[MicroBatch, ...]:
+    """Pack samples to the token budget (default: the recipe's); all data-parallel ranks get equally many micro-batches.
 
     Experts are spread over data-parallel ranks, so a rank with fewer must keep step: it adds micro-batches without a
     response. Interleaved pipelines take micro-batches in rounds of the pipeline's size.
     """
-    plan = plan_micro_batches([sample.num_tokens for sample in samples], recipe.training.tokens_per_micro_batch)
+    budget = recipe.training.tokens_per_micro_batch if token_budget is None else token_budget
+    plan = plan_micro_batches([sample.num_tokens for sample in samples], budget)
     count = max(1, parallel.max_over_data_ranks(len(plan)))
     if recipe.parallel.virtual_pipeline is not None:
         count += -count % recipe.parallel.pipeline
@@ -113,7 +127,7 @@ def pack_samples(samples: Sequence[Sample], recipe: Recipe, pad_token_id: int) -
     )
 
 
-def _shares(num_prompts: int, recipe: Recipe) -> tuple[list[range], list[int]]:
+def prompt_shares(num_prompts: int, recipe: Recipe) -> tuple[list[range], list[int]]:
     """This rank's prompt positions in each mini-batch, and the index of the first response of each."""
     per_mini_batch = num_prompts // recipe.training.mini_batches
     per_rank = per_mini_batch // parallel.data_size()

@@ -10,29 +10,30 @@ mini-batch updates, weights to the rollout engine, evaluation, metrics.
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe, dump_recipe
-from megatron_gspo.environment import describe_environment, peak_memory_gib
+from megatron_gspo.environment import describe_environment
 from megatron_gspo.model.hf_weights import save_hf_checkpoint
 from megatron_gspo.policy_loss import finalize_metrics
 from megatron_gspo.report.curves import write_report
 from megatron_gspo.report.metrics import RunDirectory
 from megatron_gspo.training.assembly import Run, assemble
 from megatron_gspo.training.display import Display, introduction, say_what_next
-from megatron_gspo.training.evaluation import SOLVED_REWARD, evaluate
-from megatron_gspo.training.experience import Experience, MiniBatch, collect_experience, plan_mini_batches
+from megatron_gspo.training.evaluation import evaluate
+from megatron_gspo.training.experience import Experience, collect_experience, plan_mini_batches
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.old_policy import baseline_log_probs
 from megatron_gspo.training.rollouts import hand_over_weights, pad_token_id, training_settings
 from megatron_gspo.training.step import MiniBatchLoss, update_policy
+from megatron_gspo.training.step_metrics import Stopwatch, record_experience, timings, with_reward_spread
 from megatron_gspo.training.totals import Totals
+from megatron_gspo.training.volatility import StepVolatility
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,9 @@ def train(recipe: Recipe, output_dir: Path) -> None:
     try:
         record(directory, display, 0, run, evaluate_if_due(run, 0))
         for step in range(1, recipe.training.steps + 1):
-            metrics = train_step(run, step, skipped)
-            metrics |= evaluate_if_due(run, step)
-            record(directory, display, step, run, metrics)
+            experience = collect_step_experience(run, step)
+            result = learn(run, experience, step, skipped)
+            record(directory, display, step, run, result.metrics | evaluate_if_due(run, step), result.volatility)
             save_if_due(run, step, output_dir)
     finally:
         display.stop()
@@ -78,55 +79,57 @@ def open_run_directory(recipe: Recipe, output_dir: Path) -> RunDirectory:
     )
 
 
-def train_step(run: Run, step: int, skipped: SkippedUpdates) -> dict[str, float]:
-    """One step of reinforcement learning: sample, score, and update the policy mini-batch by mini-batch."""
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to; the same on every rank."""
+
+    metrics: dict[str, float]
+    volatility: Mapping[str, np.ndarray]  # what `volatility/step_*.npz` keeps; empty where nothing was measured
+
+
+def collect_step_experience(run: Run, step: int) -> Experience:
+    """The next prompts' responses, scored: this data-parallel rank's groups."""
+    prompts = run.prompts.next_prompts(run.recipe.training.prompts_per_step)
+    return collect_experience(prompts, run.rollouts, run.recipe, training_settings(run.recipe, run.tokenizer, step))
+
+
+def learn(run: Run, experience: Experience, step: int, skipped: SkippedUpdates) -> StepResult:
+    """Update the policy mini-batch by mini-batch, and give its weights to the rollout engine."""
     recipe, totals, clock = run.recipe, Totals(), Stopwatch()
-    prompts = run.prompts.next_prompts(recipe.training.prompts_per_step)
-    experience = collect_experience(prompts, run.rollouts, recipe, training_settings(recipe, run.tokenizer, step))
     mini_batches = plan_mini_batches(experience, recipe, pad_token_id(run.tokenizer))
-    with clock.measure("old_policy"):
+    volatility = StepVolatility(run.routing, run.policy, recipe, experience, mini_batches, step, clock)
+    with clock.measure("old_policy"), volatility.old_policy_pass():
         baseline = baseline_log_probs(run.policy.chunks, run.reference, mini_batches, recipe, totals)
-    with clock.measure("update"):
-        for number, mini_batch in enumerate(mini_batches):
+    for number, mini_batch in enumerate(mini_batches):
+        with clock.measure("update"):
             reference = baseline.reference[number] if baseline.reference is not None else None
             loss = MiniBatchLoss(recipe, mini_batch, baseline.old[number], reference)
-            engine_only = number == 0 and recipe.rollout.old_log_probs == "engine"
-            update_policy(run.policy, mini_batch, loss, skipped, step, totals, measure_mismatch=engine_only)
+            update_policy(
+                run.policy,
+                mini_batch,
+                loss,
+                skipped,
+                step,
+                totals,
+                measure_mismatch=number == 0 and recipe.rollout.old_log_probs == "engine",
+                routing=volatility.update_pass(number),
+            )
+        volatility.after_update(number)
     with clock.measure("weight_sync"):
         run.policy.version += 1
         hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
     record_experience(experience, mini_batches, recipe.training.tokens_per_micro_batch, totals)
     combined = totals.over_ranks(measured_here=parallel.reports_metrics())
-    return (
+    routing_metrics, arrays = volatility.results()
+    metrics = (
         with_reward_spread(finalize_metrics(combined.sums))
         | combined.maxima
         | combined.counts
+        | routing_metrics
         | {"updates/num_skipped": float(skipped.total)}
         | timings(clock, experience, combined)
     )
-
-
-def record_experience(experience: Experience, mini_batches: list[MiniBatch], token_budget: int, totals: Totals) -> None:
-    """Measure rewards, groups and responses of this data-parallel rank."""
-    for group in experience.groups:
-        totals.add("groups/zero_variance_fraction", float(group.rewards.min() == group.rewards.max()), 1)
-        totals.add("reward/mean", float(group.rewards.sum()), len(group.rewards))
-        totals.add("reward/square_mean", float((group.rewards.astype(float) ** 2).sum()), len(group.rewards))
-        totals.add("reward/solved_fraction", float((group.rewards >= SOLVED_REWARD).sum()), len(group.rewards))
-        for response in group.responses:
-            totals.add("response/length_mean", len(response.token_ids), 1)
-            totals.add("response/truncated_fraction", response.finish_reason == "length", 1)
-            totals.count("tokens", len(response.token_ids) + len(group.prompt.token_ids))
-    totals.count("reward/num_failed", experience.num_failed_rewards)
-    for micro_batch in (micro_batch for mini_batch in mini_batches for micro_batch in mini_batch.micro_batches):
-        packed = len(micro_batch.token_ids) - micro_batch.num_padding_tokens
-        totals.add("packing/fill_fraction", packed, max(token_budget, packed))
-
-
-def with_reward_spread(metrics: dict[str, float]) -> dict[str, float]:
-    """Add `reward/std`, the standard deviation over all responses of the step, in place of the second moment."""
-    variance = metrics.pop("reward/square_mean") - metrics["reward/mean"] ** 2
-    return metrics | {"reward/std": math.sqrt(max(variance, 0.0))}
+    return StepResult(metrics, arrays)
 
 
 def evaluate_if_due(run: Run, step: int) -> dict[str, float]:
@@ -150,39 +153,18 @@ def save_if_due(run: Run, step: int, output_dir: Path) -> None:
         logger.info("step %d: saved %s", step, path)
 
 
-def record(directory: RunDirectory | None, display: Display, step: int, run: Run, metrics: dict[str, float]) -> None:
+def record(
+    directory: RunDirectory | None,
+    display: Display,
+    step: int,
+    run: Run,
+    metrics: dict[str, float],
+    volatility: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write and show a step's metrics; step 0 is the policy before any update and has only its evaluation."""
     line = {"step": step, "policy_version": run.policy.version} | metrics
     if directory is not None and (step > 0 or metrics):
         directory.write(line)
+        if volatility:
+            directory.write_volatility(step, volatility)
     display.show(line)
-
-
-def timings(clock: Stopwatch, experience: Experience, combined: Totals) -> dict[str, float]:
-    """Seconds by stage, and tokens (prompts and responses, of all ranks) a second of the whole step."""
-    seconds = {"rollout": experience.rollout_s, "reward": experience.reward_s} | clock.seconds
-    total_s = clock.since_start()
-    return {f"time/{name}_s": value for name, value in seconds.items()} | {
-        "time/step_s": total_s,
-        "throughput/tokens_per_s": combined.counts["tokens"] / total_s,
-        "memory/peak_gib": peak_memory_gib(),
-    }
-
-
-@dataclass
-class Stopwatch:
-    """Wall-clock seconds by stage, on this rank."""
-
-    started: float = field(default_factory=time.perf_counter)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
-        """Add the time of the block to `stage`."""
-        started = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
-
-    def since_start(self) -> float:
-        """Seconds since the stopwatch was made."""
-        return time.perf_counter() - self.started

@@ -6,6 +6,7 @@ gradient is not finite), and the update's measurements in `Totals`.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -101,8 +102,11 @@ def update_policy(
     totals: Totals,
     *,
     measure_mismatch: bool,
+    routing: AbstractContextManager[None] | None = None,
 ) -> None:
     """Make one policy update, or leave it out on every rank if any rank met a non-finite loss or gradient.
+
+    The forward and backward passes run in `routing`, which replays or records routes.
 
     `measure_mismatch` compares this forward pass with the rollout engine: right before the first update only, while both
     hold the same weights, and where no old-policy pass did it.
@@ -111,13 +115,14 @@ def update_policy(
         TrainingDivergedError: too many updates in a row were left out.
     """
     policy.clear_gradients()
-    measured = run_micro_batches(
-        policy.chunks,
-        mini_batch.micro_batches,
-        loss,
-        temperature=loss.recipe.rollout.temperature,
-        with_entropy=True,
-    )
+    with routing or nullcontext():
+        measured = run_micro_batches(
+            policy.chunks,
+            mini_batch.micro_batches,
+            loss,
+            temperature=loss.recipe.rollout.temperature,
+            with_entropy=True,
+        )
     kept = [entry for entry in measured if entry is not None]
     if not all_ranks_finite(policy, loss.problem):
         skipped.skipped(step, loss.problem)

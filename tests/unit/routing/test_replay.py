@@ -46,9 +46,17 @@ def recorded(policy: PolicyModel, batches: list[MicroBatch]) -> list[MicroBatchR
     return session.natural_routes
 
 
-@pytest.mark.parametrize("on_host", [False, True], ids=["on the device", "on the host"])
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("gates", ["chosen logits normalised", "probabilities chosen from"])
+@pytest.mark.parametrize(
+    ("recompute", "gates", "on_host"),
+    [
+        ("none", "chosen logits normalised", False),
+        ("selective", "chosen logits normalised", False),
+        ("full", "chosen logits normalised", False),
+        ("full", "chosen logits normalised", True),
+        ("none", "probabilities chosen from", True),
+        ("full", "probabilities chosen from", False),
+    ],
+)
 def test_replay_at_equal_weights_leaves_log_probs_and_gradients_bit_equal(recompute: str, gates: str, on_host: bool):
     config = moe_config(norm_topk_prob=gates == "chosen logits normalised")
     policy, batches = policy_model(config, recompute=recompute), micro_batches()
@@ -155,9 +163,15 @@ def test_the_routers_gradient_under_replay_is_the_finite_difference(recompute: s
         torch.testing.assert_close(weight.grad.norm().double(), difference, rtol=0.02, atol=2e-3)
 
 
-def test_recomputation_runs_the_experts_of_the_forward_pass_whatever_rounding_would_choose():
+@pytest.mark.parametrize("mode", ["recorded", "replayed", "a token without a route"])
+def test_recomputation_runs_the_experts_of_the_forward_pass_whatever_rounding_would_choose(mode: str):
     policy, (batch, *_) = policy_model(recompute="full"), micro_batches()
-    with RoutingTaps([policy]).record([batch]), watched_routers(policy) as calls:
+    (routes,) = recorded(policy, [batch])
+    if mode == "a token without a route":
+        routes = replace(routes, has_route=torch.arange(16) != 5)
+    taps = RoutingTaps([policy])
+    context = taps.record([batch]) if mode == "recorded" else taps.replay([routes], [batch])
+    with context, watched_routers(policy) as calls:
         loss = loss_of(policy(batch))
         update([layer.mlp.router for layer in policy.decoder.layers], size=0.3)  # far more than rounding
         loss.backward()
@@ -165,8 +179,8 @@ def test_recomputation_runs_the_experts_of_the_forward_pass_whatever_rounding_wo
     for (number, before), (same_number, again) in zip(forward_calls, backward_calls, strict=True):
         assert number == same_number
         assert torch.equal(before, again)
-    routes = recorded(policy, [batch])[0]
-    assert not torch.equal(as_sets(routes.experts[:, 0]), forward_calls[0][1])
+    would_choose = as_sets(recorded(policy, [batch])[0].experts[:, 0])
+    assert not torch.equal(would_choose[5], forward_calls[0][1][5])
 
 
 def test_five_hundred_and_twelve_experts_do_not_wrap_around_at_256():
@@ -220,8 +234,23 @@ def test_margins_are_the_gap_that_keeps_the_next_expert_out():
     torch.testing.assert_close(found[:, 1].double(), scores[:, 1] - scores[:, 2], rtol=0, atol=1e-5)
 
 
+def test_margins_under_replay_are_the_live_routers():
+    policy, batches = policy_model(), micro_batches()
+    taps = RoutingTaps([policy])
+    with taps.record(batches, margins=True) as live:
+        forward(policy, batches)
+    with taps.replay(live.natural_routes, batches, note_natural=True, margins=True) as replayed:
+        forward(policy, batches)
+    for found, expected in zip(replayed.natural_routes, live.natural_routes, strict=True):
+        assert torch.equal(found.margins, expected.margins)
+
+
 def test_measuring_margins_does_not_change_which_of_equal_scores_win():
-    policy, batches = policy_model(moe_config(num_experts=64)), micro_batches()
+    policy, batches = policy_model(moe_config(num_experts=128, num_hidden_layers=2)), micro_batches()
+    equal = torch.zeros(1, 128)
+    assert not torch.equal(
+        equal.topk(2).indices, equal.topk(3).indices[:, :2]
+    )  # why margins are not taken from a top-3
     with torch.no_grad():
         for layer in policy.decoder.layers:
             layer.mlp.router.weight.zero_()
@@ -308,6 +337,16 @@ def of_another_type(routes: list[MicroBatchRoutes]) -> list[MicroBatchRoutes]:
     return [routes[0], routes[1], MicroBatchRoutes(routes[2].by_layer.long())]
 
 
+def out_of_range(routes: list[MicroBatchRoutes]) -> list[MicroBatchRoutes]:
+    routes[1].by_layer[2, 5, 1] = 8
+    return routes
+
+
+def an_expert_twice(routes: list[MicroBatchRoutes]) -> list[MicroBatchRoutes]:
+    routes[1].by_layer[3, 5] = 0
+    return routes
+
+
 def a_short_mask(routes: list[MicroBatchRoutes]) -> list[MicroBatchRoutes]:
     return [routes[0], routes[1], replace(routes[2], has_route=torch.ones(4, dtype=torch.bool))]
 
@@ -322,6 +361,8 @@ def a_short_mask(routes: list[MicroBatchRoutes]) -> list[MicroBatchRoutes]:
         (a_layer_short, r"layers \[1, 2, 3, 4\], micro-batch 2: .*\[3, 16, 2\]"),
         (another_top_k, r"micro-batch 2: .*\[4, 16, 1\]"),
         (of_another_type, r"micro-batch 2: .*torch.uint8.*torch.int64"),
+        (out_of_range, "micro-batch 1: token 5 in MoE layer 3 .* expert 8"),
+        (an_expert_twice, r"micro-batch 1: token 5 in MoE layer 4 .* twice: \[0, 0\]"),
         (a_short_mask, "micro-batch 2: 4 tokens are marked .* of 16"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
