@@ -64,9 +64,7 @@ class RatioStatistics:
 
     def from_vector(self, vector: torch.Tensor) -> RatioStatistics:
         """What `vector`, as `to_vector` lays it out, says."""
-        tokens, sequences, token_parts, sequence_parts = vector.split(
-            [len(part.to_vector()) for part in self._parts()]
-        )
+        tokens, sequences, token_parts, sequence_parts = vector.split([len(part.to_vector()) for part in self._parts()])
         return RatioStatistics(
             self.token_coupling.from_vector(tokens),
             self.sequence_coupling.from_vector(sequences),

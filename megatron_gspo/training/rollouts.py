@@ -63,6 +63,7 @@ class Rollouts:
             dtype=getattr(torch, recipe.model.dtype),
             device=device(),
             max_concurrent_responses=recipe.rollout.max_concurrent_responses,
+            return_routed_experts=recipe.routing.replay == "r3",
         )
         return cls(engine, RewardScorer(recipe.reward.name, recipe.reward.timeout_s), tokenizer)
 

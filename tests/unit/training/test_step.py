@@ -55,9 +55,7 @@ def mini_batch_of(samples: list[Sample], recipe: Recipe) -> MiniBatch:
 
 
 def with_budget(recipe: Recipe, tokens: int) -> Recipe:
-    return recipe.model_copy(
-        update={"training": recipe.training.model_copy(update={"tokens_per_micro_batch": tokens})}
-    )
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"tokens_per_micro_batch": tokens})})
 
 
 def gradients(policy: TrainablePolicy) -> dict[str, torch.Tensor]:
@@ -73,7 +71,9 @@ def update(policy: TrainablePolicy, recipe: Recipe, mini_batch: MiniBatch, old: 
 
 @pytest.mark.parametrize("objective", ["gspo", "gspo_token", "grpo"])
 def test_the_gradient_does_not_depend_on_the_micro_batch_size(objective: str, tmp_path: Path):
-    recipe = make_recipe(tmp_path, objective={"name": objective}, training={"learning_rate": 1e-12, "gradient_clip": 1e9})
+    recipe = make_recipe(
+        tmp_path, objective={"name": objective}, training={"learning_rate": 1e-12, "gradient_clip": 1e9}
+    )
     samples = make_samples()
     found = {}
     for tokens in (64, 160, 10_000):
