@@ -25,6 +25,7 @@ SHOWN = (
     ("reward/mean", "reward", "{:.3f}"),
     ("response/length_mean", "length", "{:.0f}"),
     ("clip/token_fraction", "clipped", "{:.2%}"),
+    ("routing/change_rate", "rerouted", "{:.2%}"),
     ("entropy/mean", "entropy", "{:.3f}"),
     ("grad_norm", "grad", "{:.2f}"),
     ("throughput/tokens_per_s", "tokens/s", "{:,.0f}"),
@@ -35,9 +36,9 @@ def describe(metrics: Mapping[str, float]) -> str:
     """The metrics of one step that a person follows, in one line."""
     parts = [f"{label} {form.format(metrics[name])}" for name, label, form in SHOWN if name in metrics]
     parts += [
-        f"{name.removeprefix('eval/')} {value:.3f}"
+        f"held-out {name.removeprefix('eval/')} {value:.3f}"
         for name, value in metrics.items()
-        if name.startswith("eval/") and "/pass_at_" in name
+        if name.startswith("eval/") and name.endswith("/pass_at_1")
     ]
     return "  ".join(parts)
 

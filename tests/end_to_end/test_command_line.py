@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
-# What DESIGN contracts of a plain GSPO run; a reference policy adds loss/kl, routing/* comes with the router's tap.
+# What every run reports; a reference policy adds loss/kl, and R3 routing/engine_disagreement.
 METRICS = {
     "step",
     "policy_version",
@@ -37,11 +38,20 @@ METRICS = {
     "clip/high_fraction",
     "mismatch/log_prob_abs_mean",
     "mismatch/kl",
+    "routing/change_rate",
+    "routing/change_rate_layer_1",
+    "routing/change_rate_layer_2",
+    "routing/tokens_any_change",
+    "routing/noise_floor",
+    "routing/replayed_token_fraction",
+    "routing/load_cv",
+    "routing/entropy",
     "time/rollout_s",
     "time/reward_s",
     "time/old_policy_s",
     "time/update_s",
     "time/weight_sync_s",
+    "time/volatility_s",
     "throughput/tokens_per_s",
     "memory/peak_gib",
 }
@@ -97,7 +107,15 @@ def finished(recipe: Path, cold_start: Path) -> Path:
 
 def test_a_run_leaves_what_reports_read(finished: Path):
     names = {path.name for path in finished.iterdir()}
-    assert {"recipe.yaml", "metrics.jsonl", "environment.json", "log.txt", "tensorboard", "checkpoints"} <= names
+    assert {
+        "recipe.yaml",
+        "metrics.jsonl",
+        "environment.json",
+        "log.txt",
+        "tensorboard",
+        "volatility",
+        "checkpoints",
+    } <= names
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["packages"]["megatron-core"].startswith("0.16.")
     assert environment["num_ranks"] == 1
@@ -156,6 +174,26 @@ def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(recipe: Path, cold_star
     assert first["loss/kl"] >= 0
     # Updates move the policy away from the reference only where there was something to learn from.
     assert (second["loss/kl"] > 0) == (first["grad_norm"] > 0 or second["grad_norm"] > 0)
+
+
+@pytest.mark.parametrize(("replay", "fraction"), [("r2", 1.0), ("r3", 1.0), ("off", 0.0)])
+def test_whether_replay_is_in_force_is_in_the_metrics(
+    replay: str, fraction: float, recipe: Path, cold_start: Path, tmp_path: Path
+):
+    # A learning rate that moves routes within two steps of a policy this small.
+    options = [f"model.path={cold_start}", f"routing.replay={replay}", "objective.name=grpo"]
+    options += ["training.learning_rate=0.02", "routing.probe_responses=16", "evaluation.prompts=1"]
+    done = run("train", recipe, *options, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    steps = lines_of(tmp_path / "run")[1:]
+    for line in steps:
+        assert line["routing/replayed_token_fraction"] == fraction
+        assert line["routing/noise_floor"] == 0.0
+        assert ("routing/engine_disagreement" in line) == (replay == "r3")
+        if replay == "r3":
+            assert line["routing/engine_disagreement"] == 0.0  # fp32 on both sides
+    arrays = np.load(tmp_path / "run" / "volatility" / "step_2.npz", allow_pickle=False)
+    assert arrays["change_rate/change_rate"].shape == (2,)
 
 
 def test_the_engines_own_likelihoods_serve_as_the_old_policy(recipe: Path, cold_start: Path, tmp_path: Path):
