@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from megatron_gspo.config import Recipe
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
+
+PROGRESS_LOGGER = "megatron_gspo.progress"  # what the display shows anyway; for log.txt alone
 
 RECIPE_HELP = "a recipe, a YAML file; then any number of section.field=value to change it"
 
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parsed = build_parser().parse_args(given)
     _set_up_logging()
-    from megatron_gspo.types import UserError
+    from megatron_gspo.types import TrainingFailedError, UserError
 
     commands: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
         "train": _train,
@@ -68,8 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands[parsed.command](parsed, given)
     except UserError as error:
-        print(f"megatron-gspo: {error}", file=sys.stderr)
+        _say(error)
         return EXIT_REFUSED
+    except TrainingFailedError as error:
+        _say(error)
+        return EXIT_FAILED
+
+
+def _say(error: Exception) -> None:
+    """Print why the program ends. Ranks started here are refused alike: the first one speaks for all."""
+    if _is_first_rank():
+        print(f"megatron-gspo: {error}", file=sys.stderr)
 
 
 def _set_up_logging() -> None:
@@ -77,12 +89,19 @@ def _set_up_logging() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.setLevel(logging.INFO if _is_first_rank() else logging.ERROR)
-    handler.addFilter(lambda record: record.name.startswith("megatron_gspo") or record.levelno >= logging.WARNING)
+    handler.addFilter(
+        lambda record: (
+            record.levelno >= logging.WARNING
+            or (record.name.startswith("megatron_gspo") and record.name != PROGRESS_LOGGER)
+        )
+    )
     logging.getLogger().addHandler(handler)
     logging.getLogger().setLevel(logging.INFO)
     logging.captureWarnings(True)
-    # torch announces new names of collectives that Megatron-Core 0.16 calls by the old ones, once a call site.
-    logging.getLogger("py.warnings").addFilter(lambda record: "site-packages" not in record.getMessage())
+    # torch announces new names of collectives that Megatron-Core 0.16 calls by the old ones, and warns of a gradient
+    # that its optimizer (optimizer.py) only asks whether it is there.
+    for message in ("`torch.distributed.*` is deprecated", "The .grad attribute of a Tensor that is not a leaf"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _recipe_command(
@@ -95,11 +114,7 @@ def _recipe_command(
 
 
 def _train(parsed: argparse.Namespace, given: list[str]) -> int:
-    from megatron_gspo.report.metrics import refuse_used_directory
-
     recipe = _load(parsed)
-    if _is_first_rank():
-        refuse_used_directory(parsed.output_dir)
 
     def run(recipe: Recipe) -> None:
         from megatron_gspo.training.loop import train
@@ -110,11 +125,7 @@ def _train(parsed: argparse.Namespace, given: list[str]) -> int:
 
 
 def _warmstart(parsed: argparse.Namespace, given: list[str]) -> int:
-    from megatron_gspo.types import UserError
-
     recipe = _load(parsed)
-    if _is_first_rank() and parsed.output_dir.exists():
-        raise UserError(f"--output-dir: {parsed.output_dir} exists already; name a new directory, or remove it")
 
     def run(recipe: Recipe) -> None:
         from megatron_gspo.training.warmstart import warmstart

@@ -23,8 +23,9 @@ def import_attribute(import_path: str) -> object:
     """
     module_name, _, attribute = import_path.partition(":")
     try:
-        return getattr(import_module(module_name), attribute)
-    except ImportError as error:
-        raise UserError(f"{import_path!r} cannot be imported: {error}") from error
-    except AttributeError as error:
-        raise UserError(f"{import_path!r}: module {module_name!r} has no attribute {attribute!r}") from error
+        module = import_module(module_name)
+    except Exception as error:  # it is the user's module: it may fail in any way
+        raise UserError(f"{import_path!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        raise UserError(f"{import_path!r}: module {module_name!r} has no attribute {attribute!r}")
+    return getattr(module, attribute)

@@ -10,7 +10,7 @@ over the same ranks by expert-tensor, expert, expert-data, pipeline.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -156,6 +156,25 @@ def gather_objects(value: T) -> list[T]:
     gathered: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return cast(list[T], gathered)
+
+
+def together(open_what: Callable[[], T]) -> T:
+    """Do on every rank what may be refused on some; where any rank is refused, all are, with the first one's words.
+
+    What is done must need no other rank. Without this, a rank that was refused would leave the others waiting for it.
+
+    Raises:
+        UserError: on every rank.
+    """
+    opened, refused = None, None
+    try:
+        opened = open_what()
+    except UserError as error:
+        refused = str(error)
+    first = next((words for words in gather_objects(refused) if words is not None), None)
+    if first is not None:
+        raise UserError(first)
+    return cast(T, opened)
 
 
 def sum_over_data_ranks(values: Sequence[float]) -> list[float]:

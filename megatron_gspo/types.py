@@ -23,6 +23,10 @@ class UserError(Exception):
     """Something the user gave is wrong. The command line prints the message alone and exits with status 2."""
 
 
+class TrainingFailedError(Exception):
+    """Training cannot go on, and why is understood. The command line prints the message alone and exits with status 1."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One problem: what the policy reads, and what its response is checked against."""

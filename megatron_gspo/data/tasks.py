@@ -127,7 +127,14 @@ def build_task(name: str, data: DataSection) -> Task:
     factory = import_attribute(name)
     if not callable(factory):
         raise UserError(f"{name!r} is not a task: a callable that takes the recipe's data section is accepted")
-    return cast(Task, factory(data))
+    try:
+        task = factory(data)
+    except Exception as error:  # it is the user's: it may fail in any way
+        raise UserError(f"{name!r} makes no task: {type(error).__name__}: {error}") from error
+    missing = [part for part in ("name", "reward", "draw", "demonstration") if not hasattr(task, part)]
+    if missing:
+        raise UserError(f"{name!r} makes a {type(task).__name__}, which is no task: it has no {', '.join(missing)}")
+    return cast(Task, task)
 
 
 def is_held_out(prompt: str) -> bool:

@@ -2,7 +2,7 @@
 
 In: a checkpoint directory's `config.json` (Qwen3-MoE or dense Qwen3) and the recipe's model and parallel sections. Out:
 `PolicyModel` chunks on this rank's device, one a virtual pipeline stage (usually one), their weights still undefined:
-`hf_weights.load_or_initialize_weights` fills them. What Megatron cannot compute as Hugging Face does is refused.
+`hf_weights` loads or draws them. What Megatron cannot compute as Hugging Face does is refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.functional import silu
@@ -79,7 +80,10 @@ def read_hf_config(path: Path) -> HfConfig:
     if model_type not in _CONFIG_CLASSES:
         accepted = ", ".join(_CONFIG_CLASSES)
         raise UserError(f"{file}: model_type is {model_type!r}, and the accepted ones are {accepted}")
-    return _CONFIG_CLASSES[model_type].from_pretrained(path)
+    try:
+        return _CONFIG_CLASSES[model_type].from_pretrained(path)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
 
 
 def transformer_config(
@@ -200,7 +204,13 @@ def uses_transformer_engine(model: ModelSection) -> bool:
             "model.spec is transformer_engine, but this machine has no Transformer Engine with a GPU; "
             "`auto` and `local` work here"
         )
-    return available and model.spec != "local"
+    chosen = available and model.spec != "local"
+    if machine.has_cuda and not chosen and model.dtype == "float32":
+        raise UserError(
+            "model.dtype is float32, but on a GPU this project's own layers compute in bfloat16 alone "
+            "(torch's varlen attention and grouped_mm); accepted: model.dtype=bfloat16, or Transformer Engine's layers"
+        )
+    return chosen
 
 
 def head_size(hf_config: HfConfig) -> int:

@@ -38,23 +38,8 @@ __all__ = [
     "has_weights",
     "initialize_weights",
     "load_hf_weights",
-    "load_or_initialize_weights",
     "save_hf_checkpoint",
 ]
-
-
-def load_or_initialize_weights(
-    chunks: Sequence[PolicyModel], path: Path, *, seed: int, initializer_range: float
-) -> None:
-    """Load the weights at `path`, or draw random ones where there is only a configuration.
-
-    Raises:
-        UserError: see `load_hf_weights`.
-    """
-    if has_weights(path):
-        load_hf_weights(chunks, path)
-    else:
-        initialize_weights(chunks, seed=seed, initializer_range=initializer_range)
 
 
 def load_hf_weights(chunks: Sequence[PolicyModel], path: Path) -> None:

@@ -1,7 +1,7 @@
 """The policy model: packed tokens in, log-probs of the response tokens out.
 
 In: a `MicroBatch`. Out: on the last pipeline stage log π of every response token and the entropy there, which every
-importance ratio (eqs. 3, 7, 14) is made of; on the others the hidden states for the next stage.
+importance ratio (eqs. 3, 8, 15) is made of; on the others the hidden states for the next stage.
 
 Megatron's GPTModel runs embedding, rotary positions and layers; only its end is replaced, so that the hidden states of
 prompt tokens and padding never reach the output layer and no [tokens, vocabulary] matrix exists.

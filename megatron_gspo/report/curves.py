@@ -71,7 +71,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     """Draw the run in `run` into `output` (default: `report.html` in it), and return where it is.
 
     Raises:
-        UserError: `run` holds no metrics yet.
+        UserError: `run` holds no metrics yet, or `output` cannot be written.
     """
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"RUN: {run} holds no metrics.jsonl; give the --output-dir of a training run")
@@ -79,7 +79,10 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     if not steps:
         raise UserError(f"RUN: {run / 'metrics.jsonl'} is still empty; the first step has not ended")
     output = output or run / "report.html"
-    output.write_text(_page(run, steps))
+    try:
+        output.write_text(_page(run, steps))
+    except OSError as error:
+        raise UserError(f"--output: {output} cannot be written ({error.strerror}); accepted: a file's name") from error
     return output
 
 

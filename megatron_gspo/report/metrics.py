@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,10 +53,9 @@ class RunDirectory:
         """Start a run in `path`.
 
         Raises:
-            UserError: `path` holds a run already.
+            UserError: `path` holds a run already, or cannot be written.
         """
         refuse_used_directory(path)
-        path.mkdir(parents=True, exist_ok=True)
         log = logging.FileHandler(path / "log.txt")
         log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(log)
@@ -104,16 +104,46 @@ class RunDirectory:
 
 
 def refuse_used_directory(path: Path) -> None:
-    """Raise `UserError` where `path` holds a run, or is no directory: a run never overwrites another."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"--output-dir: {path} is not a directory")
-    if (path / "metrics.jsonl").exists():
+    """Raise `UserError` where `path` holds a run, or cannot be written: a run never overwrites another."""
+    metrics = path / "metrics.jsonl"
+    if metrics.exists() and metrics.stat().st_size > 0:
         raise UserError(f"--output-dir: {path} holds a run already (metrics.jsonl); name a new directory, or remove it")
+    make_writable_directory(path)
+
+
+def make_writable_directory(path: Path) -> None:
+    """Make a directory, with its parents, and see that files can be made in it.
+
+    Raises:
+        UserError: they cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"--output-dir: {path} cannot be written ({error.strerror}); accepted: a directory") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's `metrics.jsonl`. The last may be half written while the run goes on: it is left out then.
+
+    Raises:
+        UserError: a line before it is broken, naming it.
+    """
+    file = path / "metrics.jsonl"
+    *whole, rest = file.read_text().split("\n")  # what follows the last line's end is not whole yet
+    del rest
+    lines = []
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{file}:{number} is not JSON: {error}") from error
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise UserError(f"{file}:{number} is no step's metrics; accepted: a JSON object with a number `step`")
+        lines.append(line)
+    return lines
 
 
 def _start_wandb(project: str, path: Path, recipe_yaml: str) -> Any:

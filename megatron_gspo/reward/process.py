@@ -32,23 +32,28 @@ class RewardProcess:
         """`timeout_s`: what scoring one response may take; loading a reward has a limit of its own."""
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._loaded: set[str] = set()
+        self._loaded: set[str] = set()  # by the process that runs now
+        self._known: set[str] = set()  # by any process so far: these can be imported
 
     def load(self, import_path: str) -> None:
         """Have the worker import a reward, starting it if need be.
 
         Raises:
             UserError: it cannot be imported, or is not a function.
+            RewardError: it could be before, and now cannot.
         """
         if self._process is not None and import_path in self._loaded:
             return
         try:
             reply = self._ask({"load": import_path}, LOAD_TIMEOUT_S)
         except RewardError as error:
-            raise UserError(f"reward.name: importing {import_path!r} {error}") from error
+            reply = {"error": f"importing {import_path!r} {error}"}
         if "error" in reply:
+            if import_path in self._known:  # it has worked before: a bad moment, not a bad recipe
+                raise RewardError(str(reply["error"]))
             raise UserError(f"reward.name: {reply['error']}")
         self._loaded.add(import_path)
+        self._known.add(import_path)
 
     def score(self, import_path: str, item: ScoringItem) -> float:
         """A response's reward.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_gspo.types import SamplingSettings
+from megatron_gspo.types import SamplingSettings, TrainingFailedError
 
 # Keeps uniform x total strictly below total, whatever rounding does, so that no choice falls beyond the last token.
 _BELOW_ONE = 1 - 2**-52
@@ -35,6 +35,10 @@ def choose_tokens(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -
     """
     greedy = settings.temperature == 0
     log_probs = (logits.float() if greedy else logits.float() / settings.temperature).log_softmax(dim=-1)
+    if not bool(torch.isfinite(log_probs.amax(dim=-1)).all()):
+        raise TrainingFailedError(
+            "the policy's logits are not finite while sampling: its weights are, or what it computes overflows"
+        )
     tokens = log_probs.argmax(dim=-1) if greedy else _inverse_cumulative(log_probs.exp(), uniform, settings)
     return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
 

@@ -1,7 +1,7 @@
 """Are the importance ratios of rerouted tokens noisier? (§5.3: routing change makes w_{i,t} fluctuate, and s_i not.)
 
 In: log-ratios and change rates, one each a token, log w_{i,t} with its c averaged over all MoE layers of the model; or
-one each a response, both averaged over its tokens (`response_means`), where the mean of log w_{i,t} is log s_i (eq. 7).
+one each a response, both averaged over its tokens (`response_means`), where the mean of log w_{i,t} is log s_i (eq. 8).
 Out: sums that add up, and from them, for `unit` "token" or "sequence" with x its log-ratio and c its change rate:
 
     ratio/{unit}_log_std_changed           std of x over units with c > 0

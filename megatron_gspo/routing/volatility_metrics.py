@@ -32,6 +32,10 @@ class ChangeNames:
     change_rate: str
     tokens_any_change: str
 
+    def suffixed(self, suffix: str) -> ChangeNames:
+        """The names of one part of the comparison."""
+        return ChangeNames(self.change_rate + suffix, self.tokens_any_change + suffix)
+
 
 POLICY_CHANGE = ChangeNames("routing/change_rate", "routing/tokens_any_change")
 """Old policy against new, both routing naturally."""

@@ -7,6 +7,7 @@ where a KL penalty asks for one, and, on data leaders, the rollout engine with t
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from megatron_gspo.data.prompts import PromptStream, open_prompts
 from megatron_gspo.model.build import build_policy, read_hf_config
 from megatron_gspo.model.hf_weights import has_weights, initialize_weights, load_hf_weights
 from megatron_gspo.model.policy import PolicyModel
-from megatron_gspo.policy_loss import resolve_objective
+from megatron_gspo.policy_loss import WideClipRangeWarning, resolve_objective
 from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, build_trainable_policy
 from megatron_gspo.training.rollouts import Rollouts, hand_over_weights, load_tokenizer
 from megatron_gspo.training.routing import RoutingControl
@@ -45,46 +46,79 @@ class Run:
             self.rollouts.close()
 
 
+@dataclass
+class Inputs:
+    """What a run reads, and what it samples and scores with: everything that can be refused before a model is built."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptStream
+    held_out: PromptStream | None
+    rollouts: Rollouts | None  # on data leaders
+
+
 def assemble(recipe: Recipe) -> Run:
-    """Build a run; the rollout engine holds the policy's weights when this returns.
+    """Build a run; the rollout engine holds the policy's weights when this returns. Every rank calls this.
 
     Raises:
         UserError: the recipe asks for what this version does not have, or its model, data or reward cannot be used.
     """
     recipe = with_clip_range(recipe)
-    require_data_files(recipe)
-    tokenizer = load_tokenizer(recipe.model.path)
-    max_prompt_tokens = recipe.rollout.max_prompt_tokens
-    prompts = open_prompts(recipe.data.train, "train", recipe.data, tokenizer, max_prompt_tokens, recipe.seed)
-    held_out = open_held_out(recipe, tokenizer)
+    inputs = parallel.together(lambda: open_inputs(recipe))
     models = build_models(recipe)
-    reference = None
-    if recipe.objective.kl_coefficient > 0:
-        reference = build_models(recipe)
-        _make_equal(reference, models)
     run = Run(
         recipe=recipe,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        held_out=held_out,
+        tokenizer=inputs.tokenizer,
+        prompts=inputs.prompts,
+        held_out=inputs.held_out,
         policy=build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe)),
-        reference=reference,
-        rollouts=Rollouts.of(recipe, tokenizer) if parallel.is_data_leader() else None,
+        reference=frozen_copy(models, recipe) if recipe.objective.kl_coefficient > 0 else None,
+        rollouts=inputs.rollouts,
         routing=RoutingControl(models, recipe) if models[0].config.num_moe_experts is not None else None,
     )
     hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
     return run
 
 
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Open the run's data, reward and rollout engine. Needs no other rank.
+
+    Raises:
+        UserError: one of them cannot be used.
+    """
+    require_data_files(recipe)
+    read_hf_config(recipe.model.path)
+    tokenizer = load_tokenizer(recipe.model.path)
+    max_prompt_tokens = recipe.rollout.max_prompt_tokens
+    return Inputs(
+        tokenizer=tokenizer,
+        prompts=open_prompts(recipe.data.train, "train", recipe.data, tokenizer, max_prompt_tokens, recipe.seed),
+        held_out=open_held_out(recipe, tokenizer),
+        rollouts=Rollouts.of(recipe, tokenizer) if parallel.is_data_leader() else None,
+    )
+
+
 def with_clip_range(recipe: Recipe) -> Recipe:
-    """The recipe with the clip range that will be used, where it leaves that to the objective.
+    """The recipe with the clip range that will be used, where it leaves that to the objective. Says what looks wrong.
 
     Raises:
         UserError: there is no such objective, or the range is none.
     """
     objective = recipe.objective
-    chosen = resolve_objective(objective.name).clip_range(objective.clip_low, objective.clip_high, objective.dual_clip)
-    resolved = objective.model_copy(update={"clip_low": chosen.low, "clip_high": chosen.high})
+    chosen = resolve_objective(objective.name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", WideClipRangeWarning)
+        clip_range = chosen.clip_range(objective.clip_low, objective.clip_high, objective.dual_clip)
+    # Said once, here: every micro-batch's loss would say it again.
+    warnings.simplefilter("ignore", WideClipRangeWarning)
+    said = [str(warning.message) for warning in caught]
+    if chosen.unit == "response" and objective.aggregation != "sequence_mean":
+        said.append(
+            f"objective.aggregation {objective.aggregation} weights {chosen.name}'s responses by their length, which the "
+            "paper's objective (eq. 6) does not; sequence_mean is the paper's"
+        )
+    for sentence in said if parallel.is_main_rank() else []:
+        logger.warning("%s", sentence)
+    resolved = objective.model_copy(update={"clip_low": clip_range.low, "clip_high": clip_range.high})
     return recipe.model_copy(update={"objective": resolved})
 
 
@@ -122,10 +156,12 @@ def reinforcement_learning_rate(recipe: Recipe) -> LearningRate:
     )
 
 
-def _make_equal(target: list[PolicyModel], source: list[PolicyModel]) -> None:
-    """Give `target` the parameters of `source`, which need not have come from a checkpoint, and freeze it."""
+def frozen_copy(models: list[PolicyModel], recipe: Recipe) -> list[PolicyModel]:
+    """The same policy once more, without gradients: the reference of a KL penalty."""
+    copies = build_policy(recipe.model.path, recipe.model, recipe.parallel)
     with torch.no_grad():
-        for to_model, from_model in zip(target, source, strict=True):
-            for to_parameter, from_parameter in zip(to_model.parameters(), from_model.parameters(), strict=True):
+        for copy, model in zip(copies, models, strict=True):
+            for to_parameter, from_parameter in zip(copy.parameters(), model.parameters(), strict=True):
                 to_parameter.copy_(from_parameter)
                 to_parameter.requires_grad_(False)
+    return copies

@@ -62,8 +62,8 @@ def say_what_next(recipe: Recipe, output_dir: Path) -> None:
     print(
         f"Done. Curves: {output_dir / 'report.html'}; metrics: {output_dir / 'metrics.jsonl'}; "
         f"the policy, as a Hugging Face checkpoint: {checkpoint}\n"
-        f"Next: megatron-gspo evaluate {output_dir / 'recipe.yaml'} --checkpoint {checkpoint}\n"
-        f"      tensorboard --logdir {output_dir / 'tensorboard'}"
+        f"Next: megatron-gspo evaluate {output_dir / 'recipe.yaml'} --checkpoint {checkpoint}"
+        + (f"\n      tensorboard --logdir {output_dir / 'tensorboard'}" if recipe.logging.tensorboard else "")
     )
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from math import comb
 
 from megatron_gspo import parallel
-from megatron_gspo.config import Recipe, require_data_files
+from megatron_gspo.config import Recipe
 from megatron_gspo.data.prompts import PromptStream
-from megatron_gspo.training.assembly import build_models, open_held_out
-from megatron_gspo.training.rollouts import Rollouts, evaluation_settings, hand_over_weights, load_tokenizer
+from megatron_gspo.training.assembly import build_models, open_inputs
+from megatron_gspo.training.rollouts import Rollouts, evaluation_settings, hand_over_weights
 from megatron_gspo.training.totals import Totals
 from megatron_gspo.types import UserError
 
@@ -61,18 +61,14 @@ def evaluate_checkpoint(recipe: Recipe) -> dict[str, float]:
     """
     if recipe.data.eval is None:
         raise UserError("data.eval is not set; accepted: a .jsonl or .parquet file, or a task's name")
-    require_data_files(recipe)
-    tokenizer = load_tokenizer(recipe.model.path)
-    held_out = open_held_out(recipe, tokenizer)
-    assert held_out is not None, "data.eval is set"
-    models = build_models(recipe)
-    rollouts = Rollouts.of(recipe, tokenizer) if parallel.is_data_leader() else None
+    inputs = parallel.together(lambda: open_inputs(recipe))
+    assert inputs.held_out is not None, "data.eval is set"
     try:
-        hand_over_weights(models, rollouts, version=0)
-        metrics = evaluate(recipe, held_out, rollouts)
+        hand_over_weights(build_models(recipe), inputs.rollouts, version=0)
+        metrics = evaluate(recipe, inputs.held_out, inputs.rollouts)
     finally:
-        if rollouts is not None:
-            rollouts.close()
+        if inputs.rollouts is not None:
+            inputs.rollouts.close()
     if parallel.is_main_rank():
         print(f"{recipe.model.path}, {recipe.evaluation.samples_per_prompt} samples a problem:")
         for name, value in sorted(metrics.items()):

@@ -10,31 +10,36 @@ import logging
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
+from megatron_gspo import parallel
 from megatron_gspo.training.optimizer import TrainablePolicy
+from megatron_gspo.types import TrainingFailedError
 
 logger = logging.getLogger(__name__)
 
+BAD_GRADIENT = "the norm of a gradient is not finite"
 
-class TrainingDivergedError(RuntimeError):
+
+class TrainingDivergedError(TrainingFailedError):
     """Updates were skipped one after the other; going on would only burn time."""
 
 
-def all_ranks_finite(policy: TrainablePolicy, problem: str | None) -> bool:
-    """True where no rank reports a `problem` and every gradient of every rank is finite. A collective over all ranks.
+def problem_of_any_rank(policy: TrainablePolicy, problem: str | None) -> str | None:
+    """Why no rank may update: the first rank's `problem`, or a gradient whose norm is not finite. A collective.
 
     A gradient that overflowed on one rank has reached the others through the reduction or not, depending on how they are
-    sharded: so the ranks agree here, and either all update or none does.
+    sharded: so the ranks agree here, and either all update (None) or none does.
     """
-    finite = problem is None
-    for chunk in policy.chunks:
-        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]:
-            # The sum of finite numbers can overflow, but then the gradient norm would as well.
-            finite = finite and bool(torch.isfinite(buffer.grad_data.sum()))
-    verdict = torch.tensor(int(finite), device=policy.chunks[0].buffers[0].grad_data.device)
-    dist.all_reduce(verdict, op=dist.ReduceOp.MIN)
-    return bool(verdict)
+    if problem is None and not all(
+        bool(torch.isfinite(torch.linalg.vector_norm(buffer.grad_data)))
+        for chunk in policy.chunks
+        for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
+    ):
+        problem = BAD_GRADIENT
+    refused = [found for found in parallel.gather_objects(problem) if found is not None]
+    # A response that was refused on one rank may leave others with nothing but a bad gradient: it says more.
+    refused.sort(key=lambda found: found == BAD_GRADIENT)
+    return refused[0] if refused else None
 
 
 @dataclass
@@ -49,7 +54,7 @@ class SkippedUpdates:
         """An update was made."""
         self.in_a_row = 0
 
-    def skipped(self, step: int, problem: str | None) -> None:
+    def skipped(self, step: int, problem: str) -> None:
         """An update was left out.
 
         Raises:
@@ -57,10 +62,9 @@ class SkippedUpdates:
         """
         self.total += 1
         self.in_a_row += 1
-        reason = problem or "a gradient is not finite"
-        logger.warning("step %d: update skipped, because %s (%d in a row)", step, reason, self.in_a_row)
+        logger.warning("step %d: update skipped: %s (%d in a row)", step, problem, self.in_a_row)
         if self.in_a_row > self.allowed_in_a_row:
             raise TrainingDivergedError(
-                f"{self.in_a_row} updates in a row had a non-finite loss or gradient (the last: {reason}); "
+                f"{self.in_a_row} updates in a row had a non-finite loss or gradient (the last: {problem}); "
                 "lower training.learning_rate, or raise training.max_skipped_updates to bear more"
             )

@@ -22,9 +22,9 @@ from megatron_gspo.environment import describe_environment
 from megatron_gspo.model.hf_weights import save_hf_checkpoint
 from megatron_gspo.policy_loss import finalize_metrics
 from megatron_gspo.report.curves import write_report
-from megatron_gspo.report.metrics import RunDirectory
+from megatron_gspo.report.metrics import RunDirectory, refuse_used_directory
 from megatron_gspo.training.assembly import Run, assemble
-from megatron_gspo.training.display import Display, introduction, say_what_next
+from megatron_gspo.training.display import Display, describe, introduction, say_what_next
 from megatron_gspo.training.evaluation import evaluate
 from megatron_gspo.training.experience import Experience, collect_experience, plan_mini_batches
 from megatron_gspo.training.guards import SkippedUpdates
@@ -36,6 +36,7 @@ from megatron_gspo.training.totals import Totals
 from megatron_gspo.training.volatility import StepVolatility
 
 logger = logging.getLogger(__name__)
+progress_log = logging.getLogger("megatron_gspo.progress")  # log.txt alone: the display shows the same
 
 
 def train(recipe: Recipe, output_dir: Path) -> None:
@@ -45,6 +46,7 @@ def train(recipe: Recipe, output_dir: Path) -> None:
         UserError: the recipe, model or data cannot be used.
         TrainingDivergedError: updates kept being non-finite.
     """
+    parallel.together(lambda: refuse_used_directory(output_dir) if parallel.is_main_rank() else None)
     run = assemble(recipe)
     recipe = run.recipe
     directory = open_run_directory(recipe, output_dir) if parallel.is_main_rank() else None
@@ -81,7 +83,7 @@ def open_run_directory(recipe: Recipe, output_dir: Path) -> RunDirectory:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step came to; the same on every rank."""
+    """What a step came to; the same on every rank, but for times, throughput and memory, which are a rank's own."""
 
     metrics: dict[str, float]
     volatility: Mapping[str, np.ndarray]  # what `volatility/step_*.npz` keeps; empty where nothing was measured
@@ -126,7 +128,7 @@ def learn(run: Run, experience: Experience, step: int, skipped: SkippedUpdates) 
         | combined.maxima
         | combined.counts
         | routing_metrics
-        | {"updates/num_skipped": float(skipped.total)}
+        | {"updates/num_skipped": float(skipped.total), "data/num_too_long": float(run.prompts.num_too_long)}
         | timings(clock, experience, combined)
     )
     return StepResult(metrics, arrays)
@@ -167,4 +169,5 @@ def record(
         directory.write(line)
         if volatility:
             directory.write_volatility(step, volatility)
+    progress_log.info("step %d: %s", step, describe(line))
     display.show(line)

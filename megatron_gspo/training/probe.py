@@ -1,14 +1,14 @@
 """Expert volatility on a probe: the same responses under the old policy and the new one, both routing naturally (§5.3).
 
 In: some of the step's responses, the policy before, between and after its updates. Out: how many experts changed after
-one update and after all of them, beside what two measurements of one policy differ by; and what the changes do to the
+one update and after each of the others, beside what two measurements of one policy differ by; and what the changes do to the
 importance ratios. The probe is forwarded without replay whatever the updates do, so arms with and without Routing Replay
 compare like with like.
 
     before the updates       twice in one packing, once in another: the noise floor
-    after the first update   the change after one update
-    after the last update    the change after the step, with log w of every token; and once more with the old routes
-                             replayed, which splits log w into what the weights did and what the routing did
+    after each update        the change after 1, 2, … updates
+    after the last update    with log w of every token; and once more with the old routes replayed, which splits log w
+                             into what the weights did and what the routing did
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from megatron_gspo.training.optimizer import TrainablePolicy
 from megatron_gspo.training.routing import Comparison, RoutingControl
 from megatron_gspo.types import MicroBatch, Sample
 
-FIRST_UPDATE = ChangeNames("routing/change_rate_first_update", "routing/tokens_any_change_first_update")
 REPACKED_NOISE_FLOOR = ChangeNames("routing/noise_floor_repacked", "routing/noise_floor_repacked_tokens_any_change")
 
 
@@ -53,7 +52,7 @@ class ProbeResult:
 
 
 class Probe:
-    """One step's probe; `before_updates`, `after_first_update`, `after_last_update` are called in that order."""
+    """One step's probe: `before_updates`, then `after_update` for each update, then `result`."""
 
     def __init__(
         self, control: RoutingControl, policy: TrainablePolicy, experience: Experience, recipe: Recipe
@@ -76,13 +75,14 @@ class Probe:
         self._compare(NOISE_FLOOR, self._measure(self._micro_batches))
         self._compare_repacked(self._measure(self._repacked))
 
-    def after_first_update(self) -> None:
-        """Measure the change that one update made."""
-        self._compare(FIRST_UPDATE, self._measure(self._micro_batches))
+    def after_update(self, number: int) -> None:
+        """Measure the change that the step's updates up to `number`, from 0, have made."""
+        self._newest = self._measure(self._micro_batches)
+        self._compare(POLICY_CHANGE.suffixed(f"_after_update_{number + 1}"), self._newest)
 
-    def after_last_update(self) -> ProbeResult:
-        """Measure the change that all of the step's updates made, and the importance ratios of the probe."""
-        new = self._measure(self._micro_batches)
+    def result(self) -> ProbeResult:
+        """What all of the step's updates changed, and what that did to the importance ratios of the probe."""
+        new = self._newest
         with self._control.taps.replay(self._old.routes, self._micro_batches):
             replayed = self._log_probs(self._micro_batches)
         layout = self._control.layout

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,14 +141,42 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer saved beside the model.
 
     Raises:
-        UserError: there is none, or it has no end-of-sequence token.
+        UserError: there is none, it is broken, it has no end-of-sequence token, or it has tokens the model has not.
     """
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    if not any((path / name).is_file() for name in names):
         raise UserError(f"model.path: {path} holds no tokenizer; accepted: a directory with a tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    for name in names:
+        if (path / name).is_file():
+            read_json(path / name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"model.path: the tokenizer in {path} cannot be loaded: {error}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.path: the tokenizer in {path} has no end-of-sequence token (eos_token)")
+    largest, vocabulary = max(tokenizer.get_vocab().values()), read_json(path / "config.json")["vocab_size"]
+    if largest >= vocabulary:
+        raise UserError(
+            f"model.path: the tokenizer in {path} has token ids up to {largest}, but config.json says vocab_size "
+            f"{vocabulary}; accepted: a tokenizer whose every token the model has"
+        )
     return tokenizer
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        UserError: it is not one.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"model.path: {path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"model.path: {path} holds a {type(content).__name__}; accepted: a JSON object")
+    return content
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -160,6 +189,9 @@ def stop_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[int,
     found = {int(tokenizer.eos_token_id)}
     settings = path / "generation_config.json"
     if settings.is_file():
-        named = json.loads(settings.read_text()).get("eos_token_id")
-        found.update(named if isinstance(named, list) else [] if named is None else [named])
+        named = read_json(settings).get("eos_token_id")
+        named = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(isinstance(token, int) for token in named):
+            raise UserError(f"model.path: {settings}: eos_token_id is {named}; accepted: token ids, which are integers")
+        found.update(named)
     return tuple(sorted(found))

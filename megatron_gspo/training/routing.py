@@ -13,6 +13,8 @@ No other pass replays: the reference policy is another model, and probes and eva
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -83,6 +85,10 @@ class Comparison:
                 self.rerouted += count_rerouted_tokens(replaced)
         return replaced
 
+    def __add__(self, other: Comparison) -> Comparison:
+        """The counts of both."""
+        return Comparison(self.change + other.change, self.rerouted + other.rerouted)
+
     def over_ranks(self, layout: RoutingLayout) -> Comparison:
         """The counts of all ranks and layers, on every rank."""
         on_all_layers = self.change.on_layers(layout.moe_layers)
@@ -106,7 +112,9 @@ class StepRoutes:
 
     natural: list[list[MicroBatchRoutes]] | None = None  # the trainer's own choice under the old policy
     replayed: list[list[MicroBatchRoutes]] | None = None  # what the updates replay
-    updates: Comparison | None = None  # old policy against the routes the updates would have chosen
+    # old policy against the routes that each update's own forward pass chose (under replay: would have chosen), by
+    # mini-batch; the first runs the old policy itself and has nothing to show
+    updates: dict[int, Comparison] = field(default_factory=dict)
     engine: Comparison | None = None  # the rollout engine against the trainer, equal weights
     counts: ReplayCounts = field(default_factory=ReplayCounts)  # of the updates' routers
     num_tokens: int = 0  # that passed through the updates, padding not counted
@@ -128,6 +136,12 @@ class StepRoutes:
         calls_per_token, remainder = divmod(asked, tokens)  # one a MoE layer, and one more where it is recomputed
         assert remainder == 0, "every token is routed in every layer"
         return replayed / (asked - (0 if last_token_has_route else responses * calls_per_token))
+
+    def live_token_fraction(self) -> float:
+        """Tokens that the live router routed, of all that passed through the updates' routers; over all ranks."""
+        counts = torch.tensor([self.counts.num_live, self.counts.num_tokens], dtype=torch.int64)
+        live, asked = parallel.sum_over_all_ranks(counts).tolist()
+        return live / asked
 
 
 class RoutingControl:
@@ -176,9 +190,7 @@ class RoutingControl:
                 yield
             if self.measures:
                 routes.natural = _by_mini_batch(session.natural_routes, mini_batches)
-                routes.engine = Comparison.empty(self.layout)
-                for micro_batch, engine, trainer in zip(flat, given, session.natural_routes, strict=True):
-                    self._compare(routes.engine, micro_batch, engine, trainer)
+                routes.engine = self._comparison(flat, given, session.natural_routes)
         elif self.replay == "r2" or self.measures:
             with self.taps.record(flat, margins=self.measures, on_host=self.on_host) as session:
                 yield
@@ -192,7 +204,9 @@ class RoutingControl:
     def update_pass(self, routes: StepRoutes, number: int, mini_batch: MiniBatch) -> Iterator[None]:
         """Around the forward and backward passes of mini-batch `number`."""
         micro_batches = mini_batch.micro_batches
-        compares = self.measures and routes.natural is not None
+        # Without an old-policy pass the first update is where the engine's routes meet the trainer's at equal weights.
+        meets_engine = self.measures and self.replay == "r3" and routes.natural is None and number == 0
+        compares = meets_engine or (self.measures and routes.natural is not None)
         if routes.replayed is not None:
             context = self.taps.replay(
                 routes.replayed[number], micro_batches, note_natural=compares, on_host=self.on_host
@@ -209,14 +223,12 @@ class RoutingControl:
         routes.num_tokens += sum(
             len(micro_batch.token_ids) - micro_batch.num_padding_tokens for micro_batch in micro_batches
         )
-        # The first update's forward pass still runs the old policy: it has nothing to show.
-        if compares and number > 0:
+        if meets_engine:
+            assert routes.replayed is not None, "the engine's"
+            routes.engine = self._comparison(micro_batches, routes.replayed[number], session.natural_routes)
+        elif compares and number > 0:
             assert routes.natural is not None, "what it compares with"
-            routes.updates = routes.updates or Comparison.empty(self.layout)
-            for micro_batch, old, new in zip(
-                micro_batches, routes.natural[number], session.natural_routes, strict=True
-            ):
-                self._compare(routes.updates, micro_batch, old, new)
+            routes.updates[number] = self._comparison(micro_batches, routes.natural[number], session.natural_routes)
 
     def results(self, routes: StepRoutes) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Metrics and arrays of a step's passes, of all ranks. Every rank takes part."""
@@ -227,15 +239,19 @@ class RoutingControl:
         metrics["routing/replayed_token_fraction"] = 0.0 if fraction is None else fraction
         if fraction is not None:
             metrics["routing/bytes_per_token"] = float(self.layout.bytes_per_token)
+            metrics["routing/live_token_fraction"] = routes.live_token_fraction()
+        names = UPDATE_CHANGE if self.replay == "off" else REPLAYED_PATH_CHANGE
         measured = {
-            UPDATE_CHANGE if self.replay == "off" else REPLAYED_PATH_CHANGE: routes.updates,
-            ENGINE_DISAGREEMENT: routes.engine,
+            names.suffixed(f"_mini_batch_{number + 1}"): comparison for number, comparison in routes.updates.items()
         }
-        for names, comparison in measured.items():
-            if comparison is not None:
-                more_metrics, more_arrays = comparison.over_ranks(self.layout).results(names)
-                metrics |= more_metrics
-                arrays |= more_arrays
+        if routes.updates:
+            measured[names] = functools.reduce(operator.add, routes.updates.values())
+        if routes.engine is not None:
+            measured[ENGINE_DISAGREEMENT] = routes.engine
+        for measurement, comparison in measured.items():
+            more_metrics, more_arrays = comparison.over_ranks(self.layout).results(measurement)
+            metrics |= more_metrics
+            arrays |= more_arrays
         return metrics, arrays
 
     def response_routes(
@@ -260,12 +276,15 @@ class RoutingControl:
         experts = whole(routes.experts, torch.int32).to(torch.int16)
         return experts, None if routes.margins is None else whole(routes.margins, torch.float32)
 
-    def _compare(
-        self, comparison: Comparison, micro_batch: MicroBatch, old: MicroBatchRoutes, new: MicroBatchRoutes
-    ) -> None:
-        old_experts, old_margins = self.response_routes(micro_batch, old)
-        new_experts, _ = self.response_routes(micro_batch, new)
-        comparison.add(self.layout, micro_batch, old_experts, new_experts, old_margins)
+    def _comparison(
+        self, micro_batches: Sequence[MicroBatch], old: Sequence[MicroBatchRoutes], new: Sequence[MicroBatchRoutes]
+    ) -> Comparison:
+        comparison = Comparison.empty(self.layout)
+        for micro_batch, old_routes, new_routes in zip(micro_batches, old, new, strict=True):
+            old_experts, old_margins = self.response_routes(micro_batch, old_routes)
+            new_experts, _ = self.response_routes(micro_batch, new_routes)
+            comparison.add(self.layout, micro_batch, old_experts, new_experts, old_margins)
+        return comparison
 
 
 def _summed(vectors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -16,7 +16,7 @@ from megatron_gspo.model.policy import TokenLogProbs
 from megatron_gspo.policy_loss import NonFiniteLogProbError, PolicyLossOutput, policy_loss
 from megatron_gspo.training.experience import MiniBatch
 from megatron_gspo.training.forward import run_micro_batches
-from megatron_gspo.training.guards import SkippedUpdates, all_ranks_finite
+from megatron_gspo.training.guards import SkippedUpdates, problem_of_any_rank
 from megatron_gspo.training.old_policy import record_mismatch
 from megatron_gspo.training.optimizer import TrainablePolicy
 from megatron_gspo.training.totals import Totals
@@ -124,8 +124,9 @@ def update_policy(
             with_entropy=True,
         )
     kept = [entry for entry in measured if entry is not None]
-    if not all_ranks_finite(policy, loss.problem):
-        skipped.skipped(step, loss.problem)
+    problem = problem_of_any_rank(policy, loss.problem)
+    if problem is not None:
+        skipped.skipped(step, problem)
         return
     for entry in kept:
         totals.add_all(entry.loss.metrics)

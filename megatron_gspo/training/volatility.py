@@ -60,14 +60,13 @@ class StepVolatility:
         return self._control.update_pass(self._routes, number, self._mini_batches[number])
 
     def after_update(self, number: int) -> None:
-        """Measure the probe after the first update and after the last."""
+        """Measure the probe."""
         if self._probe is None:
             return
         with self._clock.measure("volatility"):
-            if number == 0:
-                self._probe.after_first_update()
+            self._probe.after_update(number)
             if number == len(self._mini_batches) - 1:
-                self._probed = self._probe.after_last_update()
+                self._probed = self._probe.result()
 
     def results(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """The step's routing metrics and arrays, of all ranks. Every rank takes part."""

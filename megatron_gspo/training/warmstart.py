@@ -16,19 +16,20 @@ from pathlib import Path
 import torch
 
 from megatron_gspo import parallel
-from megatron_gspo.config import Recipe
+from megatron_gspo.config import Recipe, require_data_files
 from megatron_gspo.data.demonstrations import open_demonstrations
 from megatron_gspo.model.hf_weights import save_hf_checkpoint
 from megatron_gspo.model.policy import TokenLogProbs
+from megatron_gspo.report.metrics import make_writable_directory
 from megatron_gspo.training.assembly import build_models
 from megatron_gspo.training.display import Display
 from megatron_gspo.training.experience import pack_samples
 from megatron_gspo.training.forward import run_micro_batches
-from megatron_gspo.training.guards import SkippedUpdates, all_ranks_finite
+from megatron_gspo.training.guards import SkippedUpdates, problem_of_any_rank
 from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, build_trainable_policy
 from megatron_gspo.training.rollouts import load_tokenizer, pad_token_id
 from megatron_gspo.training.totals import Totals
-from megatron_gspo.types import MicroBatch
+from megatron_gspo.types import MicroBatch, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
         TrainingDivergedError: updates kept being non-finite.
     """
     settings = recipe.warmstart
+    parallel.together(lambda: refuse_used_checkpoint(output_dir) if parallel.is_main_rank() else None)
     tokenizer = load_tokenizer(recipe.model.path)
     policy = build_trainable_policy(
         build_models(recipe, load_balance_coefficient=settings.load_balance_coefficient),
@@ -55,6 +57,7 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
         divide_by_tokens=True,
     )
     skipped = SkippedUpdates(recipe.training.max_skipped_updates)
+    require_data_files(recipe)
     stream = open_demonstrations(
         recipe.data.train,
         recipe.data,
@@ -81,6 +84,13 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
     save_hf_checkpoint(policy.models, output_dir, recipe.model.path)
 
 
+def refuse_used_checkpoint(path: Path) -> None:
+    """Raise `UserError` where `path` holds something already, or cannot be written."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--output-dir: {path} exists already; name a new directory, or remove it")
+    make_writable_directory(path)
+
+
 def supervised_step(
     policy: TrainablePolicy, micro_batches: tuple[MicroBatch, ...], skipped: SkippedUpdates, step: int
 ) -> dict[str, float]:
@@ -100,8 +110,9 @@ def supervised_step(
     totals = Totals()
     for loss, count in measured:
         totals.add("loss/supervised", float(loss), count)
-    if not all_ranks_finite(policy, None):
-        skipped.skipped(step, None)
+    problem = problem_of_any_rank(policy, None)
+    if problem is not None:
+        skipped.skipped(step, problem)
         return {}
     learning_rate = policy.learning_rate
     _, gradient_norm, _ = policy.optimizer.step()

@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
@@ -56,6 +57,8 @@ METRICS = {
     "memory/peak_gib",
 }
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+
 PROBLEMS = [
     {"question": "Ann has 3 apples and buys 4 more. How many?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"},
     {"question": "A box holds 1,000 pens. How many in 2 boxes?", "answer": "2 * 1,000 = 2,000\n#### 2,000"},
@@ -82,7 +85,13 @@ def lines_of(run_directory: Path) -> list[dict[str, float]]:
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("recipe")
     write_tiny_model(directory / "model")
-    (directory / "tiny.yaml").write_text(tiny_recipe(directory / "model"))
+    (directory / "tiny.yaml").write_text(
+        tiny_recipe(
+            directory / "model",
+            reward={"name": "tests.end_to_end.graded_reward:share_of_odd_characters"},
+            rollout={"temperature": 0.8},
+        )
+    )
     return directory / "tiny.yaml"
 
 
@@ -128,6 +137,9 @@ def test_every_step_has_the_contracted_metrics(finished: Path):
     assert [line["policy_version"] for line in steps] == [1, 2]
     for line in steps:
         assert set(line) >= METRICS
+        # There was something to learn in every step, or what follows would hold of a run that does nothing.
+        assert line["grad_norm"] > 0.01
+        assert line["reward/std"] > 0.01
     assert "eval/arithmetic_chain/pass_at_1" in steps[-1]
 
 
@@ -172,28 +184,7 @@ def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(recipe: Path, cold_star
     assert done.returncode == 0, done.stderr
     first, second = lines_of(tmp_path / "run")[1:]
     assert first["loss/kl"] >= 0
-    # Updates move the policy away from the reference only where there was something to learn from.
-    assert (second["loss/kl"] > 0) == (first["grad_norm"] > 0 or second["grad_norm"] > 0)
-
-
-@pytest.mark.parametrize(("replay", "fraction"), [("r2", 1.0), ("r3", 1.0), ("off", 0.0)])
-def test_whether_replay_is_in_force_is_in_the_metrics(
-    replay: str, fraction: float, recipe: Path, cold_start: Path, tmp_path: Path
-):
-    # A learning rate that moves routes within two steps of a policy this small.
-    options = [f"model.path={cold_start}", f"routing.replay={replay}", "objective.name=grpo"]
-    options += ["training.learning_rate=0.02", "routing.probe_responses=16", "evaluation.prompts=1"]
-    done = run("train", recipe, *options, "--output-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
-    steps = lines_of(tmp_path / "run")[1:]
-    for line in steps:
-        assert line["routing/replayed_token_fraction"] == fraction
-        assert line["routing/noise_floor"] == 0.0
-        assert ("routing/engine_disagreement" in line) == (replay == "r3")
-        if replay == "r3":
-            assert line["routing/engine_disagreement"] == 0.0  # fp32 on both sides
-    arrays = np.load(tmp_path / "run" / "volatility" / "step_2.npz", allow_pickle=False)
-    assert arrays["change_rate/change_rate"].shape == (2,)
+    assert second["loss/kl"] > 0
 
 
 def test_the_engines_own_likelihoods_serve_as_the_old_policy(recipe: Path, cold_start: Path, tmp_path: Path):
@@ -208,7 +199,7 @@ def test_the_engines_own_likelihoods_serve_as_the_old_policy(recipe: Path, cold_
 def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, tmp_path: Path):
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
-    options = [f"data.train={problems}", f"data.eval={problems}", "training.prompts_per_step=2"]
+    options = [f"data.train={problems}", f"data.eval={problems}", "training.prompts_per_step=2", "reward.name=task"]
     done = run("train", recipe, *options, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "the policy starts from random ones" in done.stderr
@@ -228,6 +219,7 @@ def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, tmp_
         (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt"),
         (["data.train=nowhere.jsonl"], r"data\.train.*nowhere\.jsonl"),
         (["reward.name=exat"], r"reward\.name.*exact"),
+        (["parallel.context=2"], r"parallel\.context is 2"),
         (["rollout.engine=sglang"], r"rollout\.engine.*'sglang'"),
     ],
 )
@@ -238,7 +230,38 @@ def test_a_mistake_in_the_recipe_is_one_clear_line_and_status_2(
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(expected, done.stderr), done.stderr
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("run/*.jsonl"))
+
+
+@pytest.mark.parametrize(("name", "fraction"), [("tiny_grpo_r2", 1.0), ("tiny_grpo_r3", 1.0), ("tiny_grpo", 0.0)])
+def test_the_shipped_recipes_replay_and_measure_above_the_noise_floor(name: str, fraction: float, tmp_path: Path):
+    options = ["reward.name=tests.end_to_end.graded_reward:share_of_odd_characters", "training.steps=2"]
+    options += ["training.prompts_per_step=4", "evaluation.prompts=1", "training.learning_rate=0.003"]
+    done = run("train", RECIPES / f"{name}.yaml", *options, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    for line in lines_of(tmp_path / "run")[1:]:
+        assert line["routing/replayed_token_fraction"] == fraction
+        assert line["routing/change_rate"] > line["routing/noise_floor"]
+
+
+def test_weights_that_are_not_finite_end_the_run_in_one_line(recipe: Path, cold_start: Path, tmp_path: Path):
+    shutil.copytree(cold_start, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.layers.0.mlp.gate.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    done = run("train", recipe, f"model.path={tmp_path / 'broken'}", "--output-dir", tmp_path / "run")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "logits are not finite" in done.stderr
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_anything_is_built(recipe: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for command in ("train", "warmstart"):
+        done = run(command, recipe, "--output-dir", tmp_path / "file" / "run")
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "cannot be written (Not a directory)" in done.stderr
 
 
 def test_a_run_is_never_written_over_another(recipe: Path, finished: Path):

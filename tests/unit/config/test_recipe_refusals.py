@@ -86,7 +86,9 @@ def test_a_misspelt_field_in_a_file_is_named_with_its_line(recipe_file: Write, r
 
 def test_a_field_like_no_other_is_answered_with_all_names_of_its_section(recipe_file: Write, refusal: Refuse) -> None:
     message = refusal(recipe_file(), ["routing.zzz=1"])
-    assert message == "command line: routing.zzz is not a field; accepted: routing.replay, routing.measure"
+    assert message == "command line: routing.zzz is not a field; accepted: " + ", ".join(
+        f"routing.{name}" for name in ("replay", "measure", "probe_every", "probe_responses", "routes_on_host")
+    )
 
 
 def test_every_problem_of_a_kind_has_a_line_of_its_own(recipe_file: Write, refusal: Refuse) -> None:

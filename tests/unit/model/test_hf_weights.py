@@ -17,7 +17,6 @@ from megatron_gspo.model.hf_weights import (
     has_weights,
     initialize_weights,
     load_hf_weights,
-    load_or_initialize_weights,
     save_hf_checkpoint,
 )
 from megatron_gspo.model.policy import PolicyModel
@@ -184,7 +183,7 @@ def test_only_a_configuration_gives_random_weights_and_pickles_are_refused(check
     (checkpoint / "model.safetensors").unlink()
     assert not has_weights(checkpoint)
     chunks = build(CONFIGS["moe"])
-    load_or_initialize_weights(chunks, checkpoint, seed=4, initializer_range=0.1)
+    initialize_weights(chunks, seed=4, initializer_range=0.1)
     weights = dict(export_hf_weights(chunks))
     assert torch.equal(weights["model.norm.weight"], torch.ones(32))
     drawn = torch.cat([weight.flatten() for name, weight in weights.items() if "norm" not in name])

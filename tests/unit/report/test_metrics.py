@@ -43,12 +43,29 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
 
 
 def test_a_directory_that_holds_a_run_is_refused(tmp_path):
-    RunDirectory.create(tmp_path / "run", "", {}, tensorboard=False).close()
+    directory = RunDirectory.create(tmp_path / "run", "", {}, tensorboard=False)
+    refuse_used_directory(tmp_path / "run")  # nothing has come of it yet
+    directory.write({"step": 1})
+    directory.close()
     with pytest.raises(UserError, match="holds a run already"):
         refuse_used_directory(tmp_path / "run")
 
 
 def test_a_file_where_the_directory_should_be_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(UserError, match="is not a directory"):
+    with pytest.raises(UserError, match=r"run cannot be written \(File exists\)"):
         refuse_used_directory(tmp_path / "run")
+    with pytest.raises(UserError, match=r"cannot be written \(Not a directory\)"):
+        refuse_used_directory(tmp_path / "run" / "below")
+
+
+def test_a_half_written_last_line_is_left_out_and_a_broken_one_before_it_named(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    file.write_text('{"step": 1}\n{"step": 2, \n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not JSON"):
+        read_metrics(tmp_path)
+    file.write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1 is no step's metrics"):
+        read_metrics(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_gspo.config import Recipe, load_recipe
-from megatron_gspo.training.assembly import build_models, reinforcement_learning_rate
+from megatron_gspo.training.assembly import build_models, frozen_copy, reinforcement_learning_rate
 from megatron_gspo.training.experience import MiniBatch, pack_samples
 from megatron_gspo.training.forward import token_log_probs
 from megatron_gspo.training.guards import SkippedUpdates, TrainingDivergedError
@@ -177,6 +177,82 @@ def test_a_non_finite_gradient_skips_the_update(tmp_path: Path):
     handle.remove()
     update_policy(policy, mini_batch, loss, skipped, 1, totals, measure_mismatch=False)
     assert (skipped.total, skipped.in_a_row) == (1, 0)
+
+
+def test_a_gradient_whose_norm_overflows_skips_the_update(tmp_path: Path):
+    recipe = make_recipe(tmp_path)
+    policy = make_policy(recipe)
+    mini_batch = mini_batch_of(make_samples(), recipe)
+    old = token_log_probs(policy.chunks, mini_batch.micro_batches, temperature=1.0)
+    # Each entry is finite; the sum of their squares is not.
+    policy.models[0].output_layer.weight.register_hook(lambda gradient: gradient * 1e28)
+    skipped = SkippedUpdates(3)
+    loss = MiniBatchLoss(recipe, mini_batch, old, None)
+    update_policy(policy, mini_batch, loss, skipped, 1, Totals(), measure_mismatch=False)
+    assert skipped.total == 1
+
+
+@pytest.mark.parametrize("objective", ["gspo", "gspo_token", "grpo"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_updates_make_good_responses_likelier_and_bad_ones_less_likely(
+    objective: str, temperature: float, tmp_path: Path
+):
+    # Wide clip ranges, so that nothing stops the way the gradient points.
+    recipe = make_recipe(
+        tmp_path,
+        objective={"name": objective, "clip_low": 0.9, "clip_high": 9.0},
+        rollout={"temperature": temperature},
+        training={"learning_rate": 0.003},
+    )
+    policy = make_policy(recipe)
+    mini_batch = mini_batch_of(make_samples(), recipe)
+    before = token_log_probs(policy.chunks, mini_batch.micro_batches, temperature=temperature)
+    for _ in range(5):
+        totals = update(policy, recipe, mini_batch, before)
+        assert totals.sums["loss/policy"][1] == mini_batch.num_responses
+    after = token_log_probs(policy.chunks, mini_batch.micro_batches, temperature=temperature)
+    along_advantage = 0.0
+    for micro_batch, old, new in zip(mini_batch.micro_batches, before, after, strict=True):
+        bounds = micro_batch.response_cu_seqlens
+        for advantage, start, end in zip(micro_batch.advantages, bounds, bounds[1:], strict=False):
+            along_advantage += float(advantage * (new - old)[start:end].mean())
+    assert along_advantage > 0.1
+
+
+def test_log_probs_are_taken_at_the_sampling_temperature(tmp_path: Path):
+    recipe = make_recipe(tmp_path, rollout={"temperature": 0.5})
+    policy = make_policy(recipe)
+    mini_batch = mini_batch_of(make_samples(), recipe)
+    found = baseline_log_probs(policy.chunks, None, [mini_batch], recipe, Totals()).old[0]
+    for micro_batch, log_probs in zip(mini_batch.micro_batches, found, strict=True):
+        logits = policy.models[0].logits(micro_batch)[micro_batch.predicting_positions] / 0.5
+        expected = logits.log_softmax(-1).gather(1, micro_batch.target_token_ids[:, None])[:, 0]
+        torch.testing.assert_close(log_probs, expected, rtol=1e-5, atol=1e-5)
+    # The update takes them at the same temperature, or its ratios would not be 1.
+    assert update(policy, recipe, mini_batch, found).maxima["ratio/token_abs_log_max"] == 0.0
+
+
+def test_the_reference_policy_is_the_one_the_run_started_from_and_stands_still(tmp_path: Path):
+    recipe = make_recipe(tmp_path, objective={"kl_coefficient": 0.1}, training={"learning_rate": 0.01})
+    models = build_models(recipe)
+    reference = frozen_copy(models, recipe)
+    policy = build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe))
+    mini_batch = mini_batch_of(make_samples(), recipe)
+    baseline = baseline_log_probs(policy.chunks, reference, [mini_batch], recipe, Totals())
+    assert baseline.reference is not None
+    for old, same in zip(baseline.old[0], baseline.reference[0], strict=True):
+        assert torch.equal(old, same)
+    kl = []
+    for _ in range(3):
+        totals = Totals()
+        loss = MiniBatchLoss(recipe, mini_batch, baseline.old[0], baseline.reference[0])
+        update_policy(policy, mini_batch, loss, SkippedUpdates(0), 1, totals, measure_mismatch=False)
+        kl.append(totals.sums["loss/kl"][0])
+    assert kl[0] == 0.0 < kl[1]
+    later = baseline_log_probs(policy.chunks, reference, [mini_batch], recipe, Totals())
+    assert later.reference is not None
+    for first, again in zip(baseline.reference[0], later.reference[0], strict=True):
+        assert torch.equal(first, again)
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_no_update_is_thrown_away(tmp_path: Path):

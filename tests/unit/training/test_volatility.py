@@ -63,9 +63,10 @@ def test_the_probe_measures_a_known_change_exactly(make_run: Callable[..., Run])
     before = sets_of_responses(run, run.recipe)
     probe = Probe(run.routing, run.policy, fixed_experience(run.recipe, 1), run.recipe)
     probe.before_updates()
-    probe.after_first_update()
+    probe.after_update(0)
     shift_experts_of_last_layer(run)
-    metrics = probe.after_last_update().metrics
+    probe.after_update(1)
+    metrics = probe.result().metrics
 
     lost = [1 - len(token[-1] & {(expert + 1) % 4 for expert in token[-1]}) / 2 for token in before]
     assert metrics["routing/change_rate_layer_1"] == 0.0
@@ -73,7 +74,8 @@ def test_the_probe_measures_a_known_change_exactly(make_run: Callable[..., Run])
     assert metrics["routing/change_rate"] == pytest.approx(sum(lost) / len(lost) / 2, abs=1e-12)
     # A set of 2 of 4 experts moved by one is never itself.
     assert metrics["routing/tokens_any_change"] == 1.0
-    assert metrics["routing/change_rate_first_update"] == 0.0
+    assert metrics["routing/change_rate_after_update_1"] == 0.0
+    assert metrics["routing/change_rate_after_update_2"] == metrics["routing/change_rate"]
     assert metrics["routing/noise_floor"] == metrics["routing/noise_floor_repacked"] == 0.0
 
 
@@ -82,9 +84,10 @@ def test_replaying_the_old_routes_takes_the_routing_out_of_the_ratio(make_run: C
     assert run.routing is not None
     probe = Probe(run.routing, run.policy, fixed_experience(run.recipe, 1), run.recipe)
     probe.before_updates()
-    probe.after_first_update()
+    probe.after_update(0)
     shift_experts_of_last_layer(run)
-    metrics = probe.after_last_update().metrics
+    probe.after_update(1)
+    metrics = probe.result().metrics
     # The gates changed with the router, so replay leaves a rest; most of the ratio's spread was the routing.
     assert metrics["ratio/token_natural_log_std"] > 0
     assert metrics["ratio/token_replayed_log_std"] < metrics["ratio/token_natural_log_std"]
