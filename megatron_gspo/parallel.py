@@ -158,6 +158,29 @@ def gather_objects(value: T) -> list[T]:
     return cast(list[T], gathered)
 
 
+def gather_over_data_ranks(value: T) -> list[T]:
+    """The `value` of every share of the data, in order; of the ranks at this one's place in their copies of the model."""
+    group = parallel_state.get_data_parallel_group()
+    gathered: list[T | None] = [None] * group.size()
+    dist.all_gather_object(gathered, value, group=group)
+    return cast(list[T], gathered)
+
+
+def exchange_over_data_ranks(outgoing: Sequence[T]) -> list[T]:
+    """Send `outgoing[r]` to share r of the data; returns what every share sent here, in order.
+
+    Among the ranks at the same place in their copies of the model. Nothing travels further than to where it is sent.
+    """
+    group = parallel_state.get_data_parallel_group()
+    assert len(outgoing) == group.size(), "one parcel a share of the data"
+    incoming = []
+    for sender in range(group.size()):
+        box: list[T | None] = [None]
+        dist.scatter_object_list(box, list(outgoing) if sender == group.rank() else None, group=group, group_src=sender)
+        incoming.append(box[0])
+    return cast(list[T], incoming)
+
+
 def sum_over_data_ranks(values: Sequence[float]) -> list[float]:
     """Each of `values`, summed over the shares of the data (one rank a share counts), in float64, on every rank."""
     return _reduce_over_data_ranks(values, dist.ReduceOp.SUM)

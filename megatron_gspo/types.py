@@ -84,6 +84,7 @@ class Sample:
     response_token_ids: np.ndarray  # [response] int64
     advantage: float
     behaviour_log_probs: np.ndarray  # [response] float32, from the rollout engine
+    routed_experts: np.ndarray | None = None  # `Response.routed_experts`
 
     @property
     def num_tokens(self) -> int:

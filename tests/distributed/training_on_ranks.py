@@ -44,9 +44,9 @@ def learn_from_fixed(recipe: str, overrides: list[str], num_steps: int) -> dict:
 def fixed_experience(recipe: Recipe, step: int) -> Experience:
     """This data-parallel rank's share of responses that the step's number alone decides."""
     shares, first_sample = prompt_shares(recipe.training.prompts_per_step, recipe)
-    return Experience(
-        mini_batches=tuple(tuple(_group(recipe, step, position) for position in share) for share in shares),
-        first_sample=tuple(first_sample),
+    return Experience.of(
+        [[_group(recipe, step, position) for position in share] for share in shares],
+        first_sample,
         num_failed_rewards=0,
         rollout_s=1.0,
         reward_s=0.0,
