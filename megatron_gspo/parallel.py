@@ -110,11 +110,7 @@ def data_size() -> int:
 
 def is_data_leader() -> bool:
     """Whether this rank drives its share of the data: the first of the ranks that hold one copy of the model."""
-    return (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_context_parallel_rank() == 0
-        and parallel_state.get_pipeline_model_parallel_rank() == 0
-    )
+    return is_first_token_rank() and parallel_state.get_pipeline_model_parallel_rank() == 0
 
 
 def is_last_stage() -> bool:
@@ -124,11 +120,7 @@ def is_last_stage() -> bool:
 
 def reports_metrics() -> bool:
     """Whether this rank's measurements count: one rank a share of the data, where log-probs and losses are."""
-    return (
-        is_last_stage()
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_context_parallel_rank() == 0
-    )
+    return is_last_stage() and is_first_token_rank()
 
 
 def is_main_rank() -> bool:
@@ -196,9 +188,9 @@ def sum_over_all_ranks(values: torch.Tensor) -> torch.Tensor:
     return _sum(values, None)
 
 
-def sum_over_tensor_ranks(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed over the ranks that hold parts of the same layers."""
-    return _sum(values, parallel_state.get_tensor_model_parallel_group())
+def sum_over_token_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over the tensor- and context-parallel ranks that share a micro-batch's tokens in the same layers."""
+    return _sum(values, parallel_state.get_tensor_and_context_parallel_group())
 
 
 def sum_over_stages(values: torch.Tensor) -> torch.Tensor:
@@ -206,9 +198,14 @@ def sum_over_stages(values: torch.Tensor) -> torch.Tensor:
     return _sum(values, parallel_state.get_pipeline_model_parallel_group())
 
 
-def is_first_tensor_rank() -> bool:
-    """Whether this rank is the one to count what all tensor-parallel ranks of its group know alike."""
-    return parallel_state.get_tensor_model_parallel_rank() == 0
+def is_first_token_rank() -> bool:
+    """Whether this rank is the one to count what all ranks that share a micro-batch's tokens know alike."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_context_rank()
+
+
+def is_first_context_rank() -> bool:
+    """Whether this rank is the one to count what all context-parallel ranks of its group know alike."""
+    return parallel_state.get_context_parallel_rank() == 0
 
 
 def _sum(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

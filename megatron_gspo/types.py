@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -21,6 +21,8 @@ FinishReason = Literal["stop", "length", "abort"]
 
 class UserError(Exception):
     """Something the user gave is wrong. The command line prints the message alone and exits with status 2."""
+
+    said_elsewhere: ClassVar[bool] = False  # by another rank, so that this one stays silent
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,17 @@ class MicroBatch:
 
     A response token at packed position p is predicted by the hidden state at p - 1; `predicting_positions` holds those
     p - 1, in packing order, so prompt tokens and padding never reach the output layer. Padding, where the packed length
-    must be a multiple of something, is a segment of its own at the end.
+    must be a multiple of something, is a segment of its own at the end; where each segment's length must be, it also ends
+    the segments of samples, whose tokens never attend to it.
+
+    It is whole, and the same on every rank of a copy of the model: what a context- or tensor-parallel rank holds of it is
+    cut by the model.
     """
 
     token_ids: torch.Tensor  # [S] int64
+    is_sample_token: torch.Tensor  # [S] bool; False for padding
     position_ids: torch.Tensor  # [S] int64, from 0 in every segment
-    segment_cu_seqlens: torch.Tensor  # [segments + 1] int32; N samples, and one segment more where there is padding
+    segment_cu_seqlens: torch.Tensor  # [segments + 1] int32; N samples, and at most one of padding alone
     max_segment_tokens: int
     predicting_positions: torch.Tensor  # [T] int64 into S
     target_token_ids: torch.Tensor  # [T] int64, the response tokens

@@ -18,6 +18,7 @@ import numpy as np
 
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
+from megatron_gspo.context_parallel import pad_multiples
 from megatron_gspo.data.packing import pack, plan_micro_batches
 from megatron_gspo.platform import device
 from megatron_gspo.policy_loss import group_advantages
@@ -129,16 +130,19 @@ def pack_samples(
     response. Interleaved pipelines take micro-batches in rounds of the pipeline's size.
     """
     budget = recipe.training.tokens_per_micro_batch if token_budget is None else token_budget
-    plan = plan_micro_batches([sample.num_tokens for sample in samples], budget)
+    segment_multiple, multiple = pad_multiples(recipe.parallel.tensor, recipe.parallel.context)
+    plan = plan_micro_batches([-(-s.num_tokens // segment_multiple) * segment_multiple for s in samples], budget)
     count = max(1, parallel.max_over_data_ranks(len(plan)))
     if recipe.parallel.virtual_pipeline is not None:
         count += -count % recipe.parallel.pipeline
     plan = plan + [[] for _ in range(count - len(plan))]
-    # Sequence parallelism cuts a micro-batch into equal parts, one a tensor-parallel rank.
-    multiple = recipe.parallel.tensor
     return tuple(
         pack(
-            [samples[index] for index in indices], pad_to_multiple=multiple, pad_token_id=pad_token_id, device=device()
+            [samples[index] for index in indices],
+            pad_to_multiple=multiple,
+            pad_token_id=pad_token_id,
+            device=device(),
+            pad_segments_to_multiple=segment_multiple,
         )
         for indices in plan
     )

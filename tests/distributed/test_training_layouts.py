@@ -20,6 +20,19 @@ LAYOUTS = {
     "pipeline 2, virtual stages": (2, ["parallel.pipeline=2", "parallel.virtual_pipeline=2"]),
     "data 2": (2, ["parallel.data=2"]),
     "data 2, whole optimizer": (2, ["parallel.data=2", "parallel.distributed_optimizer=false"]),
+    "context 2": (2, ["parallel.context=2"]),
+    "context 2, expert 2, recompute": (2, ["parallel.context=2", "parallel.expert=2", "model.recompute=selective"]),
+    "tensor 2, context 2": (4, ["parallel.tensor=2", "parallel.context=2"]),
+    "pipeline 2, context 2, recompute": (
+        4,
+        ["parallel.pipeline=2", "parallel.context=2", "model.recompute=full"],
+    ),
+    "tensor 2, pipeline 2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "tensor 2, data 2, expert 2": (
+        4,
+        ["parallel.tensor=2", "parallel.data=2", "parallel.expert=2", "parallel.expert_tensor=1"],
+    ),
+    "tensor 2, selective recompute": (2, ["parallel.tensor=2", "model.recompute=selective"]),
     "recompute": (1, ["model.recompute=full"]),
     "pipeline 2, recompute": (2, ["parallel.pipeline=2", "model.recompute=full"]),
 }
