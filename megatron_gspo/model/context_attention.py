@@ -86,8 +86,13 @@ def attend_across_ranks(
     """
     # One collective for both. Its backward adds up what every rank's queries say of these keys and values.
     gathered = gather_from_sequence_parallel_region(torch.cat([key, value], dim=-1), group=group)
+    return attend_to_gathered(query, gathered, chunks, scale)
+
+
+def attend_to_gathered(query: Tensor, gathered: Tensor, chunks: ContextChunks, scale: float | None) -> Tensor:
+    """Attend from the tokens held here, [S / C, A, D], to keys and values laid side by side, rank after rank: [S, G, 2·D]."""
     if query.is_cuda:
-        keys, values = gathered.index_select(0, chunks.keys).split([key.shape[-1], value.shape[-1]], dim=-1)
+        keys, values = gathered.index_select(0, chunks.keys).chunk(2, dim=-1)
         attended = varlen_attn(
             query,
             keys.contiguous(),
@@ -98,23 +103,23 @@ def attend_across_ranks(
             chunks.max_key_tokens,
             scale=scale,
             window_size=(-1, 0),  # the last query of a chunk is aligned with the last key it sees
-            enable_gqa=key.shape[1] != query.shape[1],
+            enable_gqa=keys.shape[1] != query.shape[1],
         )
         assert isinstance(attended, Tensor), "a tuple comes only where the log-sum-exp is asked for"
         return attended
     assert chunks.slots is not None, "made on a CPU"
-    parts = [_attend(query, gathered, batch, key.shape[-1], scale) for batch in chunks.batches]
+    parts = [_attend(query, gathered, batch, scale) for batch in chunks.batches]
     return torch.cat(parts).index_select(0, chunks.slots)
 
 
-def _attend(query: Tensor, gathered: Tensor, batch: ChunkBatch, head_size: int, scale: float | None) -> Tensor:
+def _attend(query: Tensor, gathered: Tensor, batch: ChunkBatch, scale: float | None) -> Tensor:
     """The attended values of a batch's slots, [B · Q, A, D]."""
     queries, keys_and_values = (
         # index_select and not indexing: its backward adds whole rows.
         tensor.index_select(0, positions.flatten()).unflatten(0, positions.shape).transpose(1, 2)
         for tensor, positions in ((query, batch.queries), (gathered, batch.keys))
     )
-    keys, values = keys_and_values.split([head_size, keys_and_values.shape[-1] - head_size], dim=-1)
+    keys, values = keys_and_values.chunk(2, dim=-1)
     attended = scaled_dot_product_attention(
         queries, keys, values, attn_mask=batch.sees, scale=scale, enable_gqa=keys.shape[1] != queries.shape[1]
     )
