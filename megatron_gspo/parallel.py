@@ -10,19 +10,24 @@ over the same ranks by expert-tensor, expert, expert-data, pipeline.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_gspo.config import ParallelSection
+from megatron_gspo.gloo import allow_unequal_parts
 from megatron_gspo.launch import place_of_this_process
 from megatron_gspo.platform import detect_machine, device, prepare_megatron
 from megatron_gspo.types import UserError
 
 prepare_megatron()
+if detect_machine().backend == "gloo":
+    allow_unequal_parts()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
@@ -87,6 +92,9 @@ def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=expert_tensor,
     )
+    # This project draws from none of these three; libraries and rewards of one's own may.
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

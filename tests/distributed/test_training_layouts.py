@@ -32,6 +32,9 @@ LAYOUTS = {
         4,
         ["parallel.tensor=2", "parallel.data=2", "parallel.expert=2", "parallel.expert_tensor=1"],
     ),
+    # Ranks with other tokens share an expert: its width, and in the second its ranks' unequal counts of tokens.
+    "expert tensor 2": (2, ["parallel.expert_tensor=2"]),
+    "tensor 2, expert 2, expert tensor 2": (4, ["parallel.tensor=2", "parallel.expert=2"]),
     "tensor 2, selective recompute": (2, ["parallel.tensor=2", "model.recompute=selective"]),
     "recompute": (1, ["model.recompute=full"]),
     "pipeline 2, recompute": (2, ["parallel.pipeline=2", "model.recompute=full"]),
@@ -78,6 +81,14 @@ def test_every_layout_learns_the_same(layout: str, ranks: RankPool, recipe: str,
         for arm, expected in one_rank.items():
             check_equal_steps(arm, rank[arm]["steps"], expected["steps"])
             torch.testing.assert_close(rank[arm]["weights"], expected["weights"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("layout", [["parallel.data=2"], ["parallel.context=2"]], ids=["data 2", "context 2"])
+def test_the_cold_start_counts_every_token_once(layout: list[str], ranks: RankPool, recipe: str) -> None:
+    function = "tests.distributed.training_on_ranks:supervise_on_ranks"
+    (expected,) = ranks.run(function, num_ranks=1, recipe=recipe, layout=[])
+    for found in ranks.run(function, num_ranks=2, recipe=recipe, layout=layout):
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 def check_equal_steps(arm: str, found_steps: list[dict], expected_steps: list[dict]) -> None:

@@ -11,10 +11,12 @@ from megatron_gspo import parallel
 from megatron_gspo.config import Recipe, load_recipe
 from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.policy_loss import group_advantages
-from megatron_gspo.training.assembly import assemble
-from megatron_gspo.training.experience import Experience, prompt_shares
+from megatron_gspo.training.assembly import assemble, build_models, reinforcement_learning_rate
+from megatron_gspo.training.experience import Experience, pack_samples, prompt_shares
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import learn
+from megatron_gspo.training.optimizer import build_trainable_policy
+from megatron_gspo.training.warmstart import supervised_step
 from megatron_gspo.types import Group, Prompt, Response
 
 UNTIMED = ("time/", "throughput/", "memory/")
@@ -24,6 +26,17 @@ def learn_arms_on_ranks(recipe: str, layout: list[str], arms: dict[str, list[str
     """Each arm's `learn`, in one layout."""
     parallel.initialize_distributed()
     return {name: learn_from_fixed(recipe, [*layout, *options], num_steps) for name, options in arms.items()}
+
+
+def supervise_on_ranks(recipe: str, layout: list[str]) -> dict[str, float]:
+    """One supervised update towards the fixed responses: its loss and gradient norm."""
+    loaded = load_recipe(Path(recipe), layout)
+    parallel.initialize_model_parallel(loaded.parallel, loaded.seed)
+    policy = build_trainable_policy(
+        build_models(loaded), loaded, reinforcement_learning_rate(loaded), divide_by_tokens=True
+    )
+    samples = fixed_experience(loaded, 1).samples[0]
+    return supervised_step(policy, pack_samples(samples, loaded, 0), SkippedUpdates(0), step=1)
 
 
 def learn_from_fixed(recipe: str, overrides: list[str], num_steps: int) -> dict:
