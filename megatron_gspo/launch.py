@@ -15,6 +15,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+#: A run that stopped because a signal asked it to, and that can be gone on with (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
+
 #: How long ranks get to end by themselves after one has failed, before they are killed.
 GRACE_S = 10.0
 
@@ -74,12 +77,13 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     while True:
         statuses = [rank.poll() for rank in ranks]
-        failed = next((status for status in statuses if status not in (None, 0)), None)
+        failed = next((status for status in statuses if status not in (None, 0, EXIT_STOPPED)), None)
         if failed is not None:
             # A rank that a signal ended reads as a negative status; shells say 128 + signal.
             return failed if failed > 0 else 128 - failed
-        if all(status == 0 for status in statuses):
-            return 0
+        ended = [status for status in statuses if status is not None]
+        if len(ended) == len(ranks):
+            return max(ended)
         time.sleep(0.05)
 
 
