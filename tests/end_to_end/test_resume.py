@@ -122,3 +122,56 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_offered(uninterrup
     assert err.count("megatron-gspo:") == 1
     assert f"{damaged} is damaged" in err
     assert "--resume-from 3" in err
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The process ids of a launcher's ranks, by rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    environments = {int(child): Path(f"/proc/{child}/environ").read_bytes().split(b"\0") for child in children}
+    return [
+        next(child for child, environment in environments.items() if f"RANK={rank}".encode() in environment)
+        for rank in range(len(children))
+    ]
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(recipe: Path, tmp_path: Path):
+    directory = tmp_path / "run"
+    process = start("train", recipe, "training.steps=1000", "--output-dir", directory)
+    wait_for_step(directory, 1, process)
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    last = lines_of(directory)[-1]["step"]
+    assert (directory / "checkpoints" / f"step_{last}" / "manifest.json").is_file()
+    assert f"Stopped as asked, after step {last}" in out
+    assert f"train {directory}/recipe.yaml --output-dir {directory} --resume" in out
+
+
+def test_a_second_signal_ends_the_run_at_once(recipe: Path, tmp_path: Path):
+    directory = tmp_path / "run"
+    process = start("train", recipe, "training.steps=1000", "--output-dir", directory)
+    wait_for_step(directory, 1, process)
+    first, second = ranks_of(process)
+    os.kill(second, signal.SIGSTOP)  # now the first waits for it for ever
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{first}").exists()
+    assert not Path(f"/proc/{second}").exists()
+
+
+def test_a_killed_rank_ends_the_others_and_is_named_first(recipe: Path, tmp_path: Path):
+    directory = tmp_path / "run"
+    process = start("train", recipe, "training.steps=1000", "--output-dir", directory)
+    wait_for_step(directory, 1, process)
+    first, second = ranks_of(process)
+    os.kill(second, signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert not Path(f"/proc/{first}").exists()
+    after_the_start = err[err.index("megatron-gspo:") :]
+    assert after_the_start.startswith("megatron-gspo: rank 1 was ended by SIGKILL")
+    assert "Traceback" not in err[: err.index("megatron-gspo:")]
