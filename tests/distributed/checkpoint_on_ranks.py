@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +59,23 @@ def save_and_learn(run: Run, store: CheckpointStore) -> dict[str, Any]:
 
 def weights_of(run: Run) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1).clone() for _, tensor in export_hf_weights(run.policy.models)])
+
+
+def save_and_be_killed(recipe: str, directory: str, at_event: int) -> None:
+    """Save steps 1 and 2, and be killed at the `at_event`th change to the file system in the second save."""
+    run = assembled(recipe, [])
+    store = CheckpointStore(Path(directory))
+    save_checkpoint(run, store, 1, SkippedUpdates(0), {"step": 1})
+    num_events = 0
+
+    def kill_self(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal num_events
+        is_write = event == "open" and isinstance(arguments[1], str) and "w" in arguments[1]
+        if is_write or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+            if num_events == at_event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            num_events += 1
+
+    sys.addaudithook(kill_self)
+    save_checkpoint(run, store, 2, SkippedUpdates(0), {"step": 2})
+    raise AssertionError(f"survived: a save makes {num_events} changes")

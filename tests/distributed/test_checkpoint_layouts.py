@@ -1,15 +1,15 @@
-"""A checkpoint of one parallel layout, loaded in another: the same weights and moments, and the same update after it."""
+"""Checkpoints on real ranks: loaded in another parallel layout they are the same state, and a kill never tears one."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.distributed.rank_pool import RankPool
+from megatron_gspo.training.checkpoint_store import CheckpointStore, damaged_files
+from tests.distributed.rank_pool import RankError, RankPool
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
 RANKS = "tests.distributed.checkpoint_on_ranks:"
-LAYOUTS = {"tensor": 2}, {"expert": 2}, {"data": 2}, {"pipeline": 2}, {}
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +52,28 @@ def test_another_layout_goes_on_from_the_same_state(
         assert torch.equal(moment, loaded["moments"][name]), name
     torch.testing.assert_close(loaded["weights_after"], saved["weights_after"], rtol=0, atol=2e-5)
     assert (saved["weights_after"] - saved["weights"]).abs().max() > 5e-4
+
+
+def test_a_save_killed_at_any_change_to_the_file_system_leaves_a_whole_checkpoint(
+    ranks: RankPool, recipe: Path, tmp_path: Path
+):
+    newest = []
+    for event in range(100):
+        store = CheckpointStore(tmp_path / str(event))
+        with pytest.raises(RankError) as raised:
+            ranks.run(
+                RANKS + "save_and_be_killed",
+                num_ranks=1,
+                recipe=str(recipe),
+                directory=str(store.directory),
+                at_event=event,
+            )
+        step = store.steps()[-1]
+        assert damaged_files(store.path(step)) == [], event
+        newest.append(step)
+        if "survived" in str(raised.value):
+            break
+    # Killed early the older one is the newest, killed late the new one: and never none between the two.
+    assert newest == sorted(newest)
+    assert newest.count(1) > 8
+    assert newest.count(2) > 2
