@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import TypeVar, cast
 
 import numpy as np
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -93,9 +92,6 @@ def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=expert_tensor,
     )
-    # This project draws from neither of the first two; libraries and rewards of one's own may.
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
     # This project draws from neither of the first two; libraries and rewards of one's own may.
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
