@@ -1,7 +1,7 @@
 """The `megatron-gspo` program.
 
-In: arguments. Out: an exit status: 0 done; 1 failed; 2 bad recipe, arguments or input data, said in one line. What a
-command needs is imported when it runs, so that `--help` answers at once.
+In: arguments. Out: an exit status: 0 done; 1 failed; 2 bad recipe, arguments or input data, said in one line; 75 stopped
+as a signal asked, to be gone on with. What a command needs is imported when it runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_gspo import __version__
+from megatron_gspo import __version__, launch
 
 if TYPE_CHECKING:
     from megatron_gspo.config import Recipe
 
 EXIT_DONE, EXIT_FAILED, EXIT_REFUSED = 0, 1, 2
+EXIT_STOPPED = launch.EXIT_STOPPED
 
 PROGRESS_LOGGER = "megatron_gspo.progress"  # what the display shows anyway; for log.txt alone
 
@@ -37,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = _recipe_command(commands, "train", "train a policy with reinforcement learning")
     train.add_argument("--output-dir", type=Path, required=True, metavar="RUN", help="the run directory to write")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    train.add_argument("--resume-from", type=int, metavar="STEP", help="go on from the checkpoint of this step instead")
 
     warmstart = _recipe_command(commands, "warmstart", "supervised cold start: train on demonstrations")
     warmstart.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
@@ -71,17 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return commands[parsed.command](parsed, given)
     except UserError as error:
-        _say(error)
+        if not error.said_elsewhere:
+            print(f"megatron-gspo: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except TrainingFailedError as error:
-        _say(error)
+        if _is_first_rank() or not error.of_all_ranks:
+            print(f"megatron-gspo: {error}", file=sys.stderr)
         return EXIT_FAILED
-
-
-def _say(error: Exception) -> None:
-    """Print why the program ends. Ranks started here are refused alike: the first one speaks for all."""
-    if _is_first_rank():
-        print(f"megatron-gspo: {error}", file=sys.stderr)
 
 
 def _set_up_logging() -> None:
@@ -115,11 +114,13 @@ def _recipe_command(
 
 def _train(parsed: argparse.Namespace, given: list[str]) -> int:
     recipe = _load(parsed)
+    resume = parsed.resume or parsed.resume_from is not None
 
-    def run(recipe: Recipe) -> None:
+    def run(recipe: Recipe) -> int:
         from megatron_gspo.training.loop import train
 
-        train(recipe, parsed.output_dir)
+        finished = train(recipe, parsed.output_dir, resume=resume, resume_from=parsed.resume_from)
+        return EXIT_DONE if finished else EXIT_STOPPED
 
     return _on_ranks(recipe, given, run)
 
@@ -127,10 +128,11 @@ def _train(parsed: argparse.Namespace, given: list[str]) -> int:
 def _warmstart(parsed: argparse.Namespace, given: list[str]) -> int:
     recipe = _load(parsed)
 
-    def run(recipe: Recipe) -> None:
+    def run(recipe: Recipe) -> int:
         from megatron_gspo.training.warmstart import warmstart
 
         warmstart(recipe, parsed.output_dir)
+        return EXIT_DONE
 
     return _on_ranks(recipe, given, run)
 
@@ -139,10 +141,11 @@ def _evaluate(parsed: argparse.Namespace, given: list[str]) -> int:
     parsed.overrides.append(f"model.path={parsed.checkpoint}")
     recipe = _load(parsed)
 
-    def run(recipe: Recipe) -> None:
+    def run(recipe: Recipe) -> int:
         from megatron_gspo.training.evaluation import evaluate_checkpoint
 
         evaluate_checkpoint(recipe)
+        return EXIT_DONE
 
     return _on_ranks(recipe, given, run)
 
@@ -169,27 +172,25 @@ def _load(parsed: argparse.Namespace) -> Recipe:
 
 
 def _is_first_rank() -> bool:
-    from megatron_gspo.launch import place_of_this_process
-
-    return place_of_this_process().rank == 0
+    return launch.place_of_this_process().rank == 0
 
 
-def _on_ranks(recipe: Recipe, given: list[str], run: Callable[[Recipe], None]) -> int:
-    """Run `run` on every rank the recipe needs: as one of them, or by starting them on this machine first."""
+def _on_ranks(recipe: Recipe, given: list[str], run: Callable[[Recipe], int]) -> int:
+    """Run `run` on every rank the recipe needs: as one of them, or by starting them on this machine first.
+
+    A rank that fails leaves at once: its words are out before the others notice that it is gone, and complain.
+    """
     from megatron_gspo.config import recipe_for_world_size
-    from megatron_gspo.launch import place_of_this_process, run_ranks
 
-    place = place_of_this_process()
+    place = launch.place_of_this_process()
     if place.launched:
         recipe = recipe_for_world_size(recipe, place.world_size)
     elif recipe.parallel.world_size > 1:
-        return run_ranks(recipe.parallel.world_size, given)
+        return launch.run_ranks(recipe.parallel.world_size, given)
     from megatron_gspo import parallel
 
     parallel.initialize_distributed()
     parallel.initialize_model_parallel(recipe.parallel, recipe.seed)
-    try:
-        run(recipe)
-    finally:
-        parallel.shutdown()
-    return EXIT_DONE
+    status = run(recipe)
+    parallel.shutdown()
+    return status

@@ -11,12 +11,20 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+#: A run that stopped because a signal asked it to, and that can be gone on with (EX_TEMPFAIL of sysexits.h).
+EXIT_STOPPED = 75
+
 #: How long ranks get to end by themselves after one has failed, before they are killed.
-GRACE_S = 10.0
+GRACE_S = 2.0
+
+#: How long what a rank says on its standard error is held. A rank that lost its peer complains at once, and the peer's
+#: end is to be told first.
+HOLD_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     """Run `python -m megatron_gspo ARGUMENTS` as `num_ranks` ranks on this machine, and wait for them.
 
     SIGINT, SIGTERM and SIGUSR1 are passed on. When a rank fails the others are ended: they would wait for it for ever.
+    What a rank says on standard error is repeated here.
     """
     environment = os.environ | {
         "WORLD_SIZE": str(num_ranks),
@@ -55,9 +64,14 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     }
     command = [sys.executable, "-m", "megatron_gspo", *arguments]
     ranks = [
-        subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+        )
         for rank in range(num_ranks)
     ]
+    speakers = [threading.Thread(target=_pass_on_words, args=(rank,), daemon=True) for rank in ranks]
+    for speaker in speakers:
+        speaker.start()
 
     def pass_on(number: int, _frame: object) -> None:
         for rank in ranks:
@@ -69,24 +83,39 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
         return _wait(ranks)
     finally:
         _end(ranks)
+        for speaker in speakers:
+            # What a rank started may live on, and hold its standard error open.
+            speaker.join(timeout=GRACE_S)
+
+
+def _pass_on_words(rank: subprocess.Popen[bytes]) -> None:
+    """Repeat what `rank` says on its standard error, a moment later."""
+    assert rank.stderr is not None, "it is a pipe"
+    while words := os.read(rank.stderr.fileno(), 1 << 16):
+        time.sleep(HOLD_S)
+        os.write(sys.stderr.fileno(), words)
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     while True:
         statuses = [rank.poll() for rank in ranks]
-        failed = next((status for status in statuses if status not in (None, 0)), None)
+        for rank, status in enumerate(statuses):
+            if status is not None and status < 0:
+                name = signal.Signals(-status).name
+                print(f"megatron-gspo: rank {rank} was ended by {name}; the others are ended too", file=sys.stderr)
+                # Shells, too, say 128 + signal.
+                return 128 - status
+        failed = next((status for status in statuses if status not in (None, 0, EXIT_STOPPED)), None)
         if failed is not None:
-            # A rank that a signal ended reads as a negative status; shells say 128 + signal.
-            return failed if failed > 0 else 128 - failed
-        if all(status == 0 for status in statuses):
-            return 0
-        time.sleep(0.05)
+            return failed
+        ended = [status for status in statuses if status is not None]
+        if len(ended) == len(ranks):
+            return max(ended)
+        time.sleep(0.02)
 
 
 def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.terminate()
+    # Not asked with SIGTERM: that would have them finish a step, for which they need the rank that failed.
     deadline = time.monotonic() + GRACE_S
     for rank in ranks:
         try:

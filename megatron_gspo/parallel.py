@@ -10,19 +10,24 @@ over the same ranks by expert-tensor, expert, expert-data, pipeline.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_gspo.config import ParallelSection
+from megatron_gspo.gloo import allow_unequal_parts
 from megatron_gspo.launch import place_of_this_process
 from megatron_gspo.platform import detect_machine, device, prepare_megatron
 from megatron_gspo.types import UserError
 
 prepare_megatron()
+if detect_machine().backend == "gloo":
+    allow_unequal_parts()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
@@ -87,6 +92,9 @@ def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=expert_tensor,
     )
+    # This project draws from neither of the first two; libraries and rewards of one's own may.
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -110,11 +118,7 @@ def data_size() -> int:
 
 def is_data_leader() -> bool:
     """Whether this rank drives its share of the data: the first of the ranks that hold one copy of the model."""
-    return (
-        parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_context_parallel_rank() == 0
-        and parallel_state.get_pipeline_model_parallel_rank() == 0
-    )
+    return is_first_token_rank() and parallel_state.get_pipeline_model_parallel_rank() == 0
 
 
 def is_last_stage() -> bool:
@@ -124,11 +128,7 @@ def is_last_stage() -> bool:
 
 def reports_metrics() -> bool:
     """Whether this rank's measurements count: one rank a share of the data, where log-probs and losses are."""
-    return (
-        is_last_stage()
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-        and parallel_state.get_context_parallel_rank() == 0
-    )
+    return is_last_stage() and is_first_token_rank()
 
 
 def is_main_rank() -> bool:
@@ -158,23 +158,27 @@ def gather_objects(value: T) -> list[T]:
     return cast(list[T], gathered)
 
 
-def together(open_what: Callable[[], T]) -> T:
-    """Do on every rank what may be refused on some; where any rank is refused, all are, with the first one's words.
+def gather_over_data_ranks(value: T) -> list[T]:
+    """The `value` of every share of the data, in order; of the ranks at this one's place in their copies of the model."""
+    group = parallel_state.get_data_parallel_group()
+    gathered: list[T | None] = [None] * group.size()
+    dist.all_gather_object(gathered, value, group=group)
+    return cast(list[T], gathered)
 
-    What is done must need no other rank. Without this, a rank that was refused would leave the others waiting for it.
 
-    Raises:
-        UserError: on every rank.
+def exchange_over_data_ranks(outgoing: Sequence[T]) -> list[T]:
+    """Send `outgoing[r]` to share r of the data; returns what every share sent here, in order.
+
+    Among the ranks at the same place in their copies of the model. Nothing travels further than to where it is sent.
     """
-    opened, refused = None, None
-    try:
-        opened = open_what()
-    except UserError as error:
-        refused = str(error)
-    first = next((words for words in gather_objects(refused) if words is not None), None)
-    if first is not None:
-        raise UserError(first)
-    return cast(T, opened)
+    group = parallel_state.get_data_parallel_group()
+    assert len(outgoing) == group.size(), "one parcel a share of the data"
+    incoming = []
+    for sender in range(group.size()):
+        box: list[T | None] = [None]
+        dist.scatter_object_list(box, list(outgoing) if sender == group.rank() else None, group=group, group_src=sender)
+        incoming.append(box[0])
+    return cast(list[T], incoming)
 
 
 def sum_over_data_ranks(values: Sequence[float]) -> list[float]:
@@ -192,9 +196,9 @@ def sum_over_all_ranks(values: torch.Tensor) -> torch.Tensor:
     return _sum(values, None)
 
 
-def sum_over_tensor_ranks(values: torch.Tensor) -> torch.Tensor:
-    """`values` summed over the ranks that hold parts of the same layers."""
-    return _sum(values, parallel_state.get_tensor_model_parallel_group())
+def sum_over_token_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over the tensor- and context-parallel ranks that share a micro-batch's tokens in the same layers."""
+    return _sum(values, parallel_state.get_tensor_and_context_parallel_group())
 
 
 def sum_over_stages(values: torch.Tensor) -> torch.Tensor:
@@ -202,9 +206,14 @@ def sum_over_stages(values: torch.Tensor) -> torch.Tensor:
     return _sum(values, parallel_state.get_pipeline_model_parallel_group())
 
 
-def is_first_tensor_rank() -> bool:
-    """Whether this rank is the one to count what all tensor-parallel ranks of its group know alike."""
-    return parallel_state.get_tensor_model_parallel_rank() == 0
+def is_first_token_rank() -> bool:
+    """Whether this rank is the one to count what all ranks that share a micro-batch's tokens know alike."""
+    return parallel_state.get_tensor_model_parallel_rank() == 0 and is_first_context_rank()
+
+
+def is_first_context_rank() -> bool:
+    """Whether this rank is the one to count what all context-parallel ranks of its group know alike."""
+    return parallel_state.get_context_parallel_rank() == 0
 
 
 def _sum(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -22,9 +22,13 @@ FinishReason = Literal["stop", "length", "abort"]
 class UserError(Exception):
     """Something the user gave is wrong. The command line prints the message alone and exits with status 2."""
 
+    said_elsewhere: ClassVar[bool] = False  # by another rank, so that this one stays silent
+
 
 class TrainingFailedError(Exception):
     """Training cannot go on, and why is understood. The command line prints the message alone and exits with status 1."""
+
+    of_all_ranks: ClassVar[bool] = False  # every rank fails alike, and the first says so for all
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Sample:
     response_token_ids: np.ndarray  # [response] int64
     advantage: float
     behaviour_log_probs: np.ndarray  # [response] float32, from the rollout engine
+    routed_experts: np.ndarray | None = None  # `Response.routed_experts`
 
     @property
     def num_tokens(self) -> int:
@@ -101,12 +106,17 @@ class MicroBatch:
 
     A response token at packed position p is predicted by the hidden state at p - 1; `predicting_positions` holds those
     p - 1, in packing order, so prompt tokens and padding never reach the output layer. Padding, where the packed length
-    must be a multiple of something, is a segment of its own at the end.
+    must be a multiple of something, is a segment of its own at the end; where each segment's length must be, it also ends
+    the segments of samples, whose tokens never attend to it.
+
+    It is whole, and the same on every rank of a copy of the model: what a context- or tensor-parallel rank holds of it is
+    cut by the model.
     """
 
     token_ids: torch.Tensor  # [S] int64
+    is_sample_token: torch.Tensor  # [S] bool; False for padding
     position_ids: torch.Tensor  # [S] int64, from 0 in every segment
-    segment_cu_seqlens: torch.Tensor  # [segments + 1] int32; N samples, and one segment more where there is padding
+    segment_cu_seqlens: torch.Tensor  # [segments + 1] int32; N samples, and at most one of padding alone
     max_segment_tokens: int
     predicting_positions: torch.Tensor  # [T] int64 into S
     target_token_ids: torch.Tensor  # [T] int64, the response tokens

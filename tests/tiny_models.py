@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_gspo.config import ModelSection
@@ -55,10 +56,17 @@ def sequences(lengths: Sequence[int], vocabulary: int = 64, seed: int = 1) -> li
     return [torch.randint(vocabulary, (length,), generator=generator) for length in lengths]
 
 
-def micro_batch(tokens: Sequence[torch.Tensor], prompt_tokens: int = 2, pad_to_multiple: int = 1) -> MicroBatch:
+def micro_batch(
+    tokens: Sequence[torch.Tensor], prompt_tokens: int = 2, pad_to_multiple: int = 1, pad_segments_to_multiple: int = 1
+) -> MicroBatch:
     """Pack `tokens`; all of a sequence after its first `prompt_tokens` is the response."""
-    num_padding = -sum(map(len, tokens)) % pad_to_multiple
-    segments = [*tokens, *([torch.zeros(num_padding, dtype=torch.long)] if num_padding else [])]
+    segments = [pad(sequence, (0, -len(sequence) % pad_segments_to_multiple)) for sequence in tokens]
+    at_the_end = -sum(map(len, segments)) % pad_to_multiple
+    segments += [torch.zeros(at_the_end, dtype=torch.long)] if at_the_end else []
+    of_sample = [*map(len, tokens), 0][: len(segments)]
+    is_sample_token = torch.cat(
+        [torch.arange(len(segment)) < length for segment, length in zip(segments, of_sample, strict=True)]
+    )
     ends = torch.tensor([len(segment) for segment in segments]).cumsum(0)
     starts = [0, *ends.tolist()[:-1]]
     predicting = [
@@ -69,6 +77,7 @@ def micro_batch(tokens: Sequence[torch.Tensor], prompt_tokens: int = 2, pad_to_m
     positions = torch.cat(predicting)
     return MicroBatch(
         token_ids=packed,
+        is_sample_token=is_sample_token,
         position_ids=torch.cat([torch.arange(len(segment)) for segment in segments]),
         segment_cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), ends]).int(),
         max_segment_tokens=max(map(len, segments)),
@@ -78,5 +87,5 @@ def micro_batch(tokens: Sequence[torch.Tensor], prompt_tokens: int = 2, pad_to_m
         sample_indices=tuple(range(len(tokens))),
         advantages=torch.zeros(len(tokens)),
         behaviour_log_probs=torch.zeros(len(positions)),
-        num_padding_tokens=num_padding,
+        num_padding_tokens=int((~is_sample_token).sum()),
     )

@@ -52,8 +52,6 @@ def _check_ranks(recipe: Recipe) -> Iterator[Refusal]:
     parallel = recipe.parallel
     if parallel.virtual_pipeline is not None and parallel.pipeline == 1:
         yield not_accepted("parallel.virtual_pipeline", parallel.virtual_pipeline, "null while parallel.pipeline is 1")
-    if parallel.context > 1:
-        yield not_accepted("parallel.context", parallel.context, "1, the only size this version can train with")
     if parallel.world_size % parallel.expert_model_size:
         yield not_accepted(
             "parallel.expert",

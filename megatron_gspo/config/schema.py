@@ -198,6 +198,8 @@ class TrainingSection(Section):
     """Largest gradient norm an update is made with."""
     save_every: NonNegative = 0
     """Steps between checkpoints; 0 saves at the end only."""
+    keep_checkpoints: Positive = 2
+    """Newest checkpoints that are kept; older ones are deleted."""
     max_skipped_updates: Positive = 3
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 

@@ -71,7 +71,12 @@ def fill_fraction(plan: Sequence[Sequence[int]], num_tokens: Sequence[int], toke
 
 
 def pack(
-    samples: Sequence[Sample], *, pad_to_multiple: int, pad_token_id: int, device: torch.device | str
+    samples: Sequence[Sample],
+    *,
+    pad_to_multiple: int,
+    pad_token_id: int,
+    device: torch.device | str,
+    pad_segments_to_multiple: int = 1,
 ) -> MicroBatch:
     """Lay samples one after the other, each prompt followed by its response.
 
@@ -81,7 +86,10 @@ def pack(
         pad_to_multiple: the packed length is a multiple of this; padding is a segment of its own at the end.
         pad_token_id: what padding holds; nothing attends to it from outside its segment.
         device: where the tensors go.
+        pad_segments_to_multiple: each sample's segment is filled up to a multiple of this, which divides
+            `pad_to_multiple`.
     """
+    assert pad_to_multiple % pad_segments_to_multiple == 0, "or the padding at the end would be no whole segment"
     prompt_lengths = np.array([len(sample.prompt_token_ids) for sample in samples], dtype=np.int64)
     response_lengths = np.array([len(sample.response_token_ids) for sample in samples], dtype=np.int64)
     assert (prompt_lengths > 0).all(), "a response's first token is predicted by its prompt's last"
@@ -90,33 +98,38 @@ def pack(
         "one log-prob a response token"
     )
 
-    num_sample_tokens = int(prompt_lengths.sum() + response_lengths.sum())
-    wanted = num_sample_tokens if samples else _FEWEST_TOKENS
-    num_padding = -(-wanted // pad_to_multiple) * pad_to_multiple - num_sample_tokens
-    segment_lengths = prompt_lengths + response_lengths
-    if num_padding:
-        segment_lengths = np.append(segment_lengths, num_padding)
+    sample_lengths = prompt_lengths + response_lengths
+    segment_lengths = -(-sample_lengths // pad_segments_to_multiple) * pad_segments_to_multiple
+    wanted = int(segment_lengths.sum()) if samples else _FEWEST_TOKENS
+    at_the_end = -(-wanted // pad_to_multiple) * pad_to_multiple - int(segment_lengths.sum())
+    if at_the_end:
+        segment_lengths = np.append(segment_lengths, at_the_end)
     segment_ends = np.cumsum(segment_lengths)
 
-    response_starts = segment_ends[: len(samples)] - response_lengths
-    sequences = [ids for sample in samples for ids in (sample.prompt_token_ids, sample.response_token_ids)]
-    padding = np.full(num_padding, pad_token_id, dtype=np.int64)
+    starts = (segment_ends - segment_lengths)[: len(samples)]
+    is_sample_token = np.zeros(int(segment_ends[-1]), dtype=bool)
+    is_sample_token[_count_up(starts, sample_lengths)] = True
+    token_ids = np.full(len(is_sample_token), pad_token_id, dtype=np.int64)
+    token_ids[is_sample_token] = _join(
+        [ids for sample in samples for ids in (sample.prompt_token_ids, sample.response_token_ids)], np.int64
+    )
 
     def tensor(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=dtype)
 
     return MicroBatch(
-        token_ids=tensor(np.concatenate([*sequences, padding]), torch.int64),
+        token_ids=tensor(token_ids, torch.int64),
+        is_sample_token=tensor(is_sample_token, torch.bool),
         position_ids=tensor(_count_up(np.zeros_like(segment_lengths), segment_lengths), torch.int64),
         segment_cu_seqlens=tensor(np.concatenate([[0], segment_ends]), torch.int32),
         max_segment_tokens=int(segment_lengths.max()),
-        predicting_positions=tensor(_count_up(response_starts - 1, response_lengths), torch.int64),
+        predicting_positions=tensor(_count_up(starts + prompt_lengths - 1, response_lengths), torch.int64),
         target_token_ids=tensor(_join([s.response_token_ids for s in samples], np.int64), torch.int64),
         response_cu_seqlens=tensor(np.concatenate([[0], np.cumsum(response_lengths)]), torch.int64),
         sample_indices=tuple(sample.index for sample in samples),
         advantages=tensor(np.array([sample.advantage for sample in samples], dtype=np.float32), torch.float32),
         behaviour_log_probs=tensor(_join([s.behaviour_log_probs for s in samples], np.float32), torch.float32),
-        num_padding_tokens=num_padding,
+        num_padding_tokens=int((~is_sample_token).sum()),
     )
 
 

@@ -5,7 +5,8 @@ segments never see each other. Megatron's own DotProductAttention (0.16.1) takes
 whole score matrix.
 
 On a GPU one variable-length kernel does all segments. It has no CPU version, so there segments of similar length are
-padded to batches: each batch is one call, and at most half of its slots are padding.
+padded to batches: each batch is one call, and at most half of its slots are padding. Under context parallelism
+`context_attention` does it.
 
 Shape legend: S packed tokens, B batch, L tokens of a sequence, A attention heads, G key-value heads, D head size.
 """
@@ -23,6 +24,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_gspo.model.context_attention import ContextChunks, attend_across_ranks
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,23 @@ class PackedSegments(PackedSeqParams):
     """Megatron's description of packed input, with the layout that attention on a CPU uses."""
 
     batches: SegmentBatches | None = None
+    chunks: ContextChunks | None = None  # where the segments are cut over context-parallel ranks
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, max_segment_tokens: int) -> PackedSegments:
-        """Segments [cu_seqlens[i], cu_seqlens[i + 1]) int32, none longer than `max_segment_tokens`."""
+    def of(cls, cu_seqlens: Tensor, max_segment_tokens: int, chunks: ContextChunks | None = None) -> PackedSegments:
+        """Segments [cu_seqlens[i], cu_seqlens[i + 1]) int32, none longer than `max_segment_tokens`.
+
+        With `chunks`, bounds and lengths are the whole segments' all the same: so Megatron and Transformer Engine, which
+        cut them for themselves, want them.
+        """
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max_segment_tokens,
             max_seqlen_kv=max_segment_tokens,
-            batches=None if cu_seqlens.is_cuda else SegmentBatches.of(cu_seqlens),
+            batches=None if cu_seqlens.is_cuda or chunks is not None else SegmentBatches.of(cu_seqlens),
+            chunks=chunks,
         )
 
 
@@ -85,8 +94,10 @@ class CausalAttention(MegatronModule):
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal, "only causal self-attention"
         assert attention_type == "self", "only causal self-attention"
-        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
-        del layer_number, cp_comm_type, pg_collection
+        del layer_number, cp_comm_type
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None, "Megatron's SelfAttention passes it on"
+            self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -103,7 +114,7 @@ class CausalAttention(MegatronModule):
         """Attend causally.
 
         Args:
-            query: [S, A, D] packed, or [L, B, A, D] with padding only at the end of each sequence.
+            query: [S, A, D] packed (under context parallelism the tokens this rank holds), or [L, B, A, D] with padding only at the end of each sequence.
             key, value: the same with G heads; each serves A / G queries.
             attention_mask: must be None: the mask is causal, and padding at the end is seen by padding alone.
 
@@ -114,8 +125,14 @@ class CausalAttention(MegatronModule):
         assert attention_bias is None, "no attention bias"
         del attn_mask_type
         if packed_seq_params is None:
+            assert self.config.context_parallel_size == 1, "context parallelism takes packed input"
             query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
+        if self.config.context_parallel_size > 1:
+            assert isinstance(packed_seq_params, PackedSegments) and packed_seq_params.chunks is not None
+            return attend_across_ranks(
+                query, key, value, packed_seq_params.chunks, self.context_group, self.softmax_scale
+            )
         if query.is_cuda:
             attended = varlen_attn(
                 query,

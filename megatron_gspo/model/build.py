@@ -128,6 +128,7 @@ def transformer_config(
             sequence_parallel=parallel.tensor > 1,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor,
+            context_parallel_size=parallel.context,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=num_chunks(parallel) if interleaved else None,
             pipeline_dtype=dtype,
@@ -185,8 +186,6 @@ def check_layout(hf_config: HfConfig, model: ModelSection, parallel: ParallelSec
         )
     if isinstance(hf_config, Qwen3MoeConfig):
         _check_expert_width(hf_config, model, parallel.expert_tensor or parallel.tensor)
-    if parallel.context > 1:
-        raise UserError(f"parallel.context is {parallel.context}, and only 1 is supported so far")
     if num_chunks(parallel) > 1 and parallel.pipeline == 1:
         raise UserError("parallel.virtual_pipeline above 1 needs parallel.pipeline above 1")
 

@@ -118,7 +118,9 @@ class GroupedExperts(MegatronModule):
         experts = (axis, self.expert_group.rank(), self.expert_group.size())
         rank, size = self.tensor_group.rank(), self.tensor_group.size()
 
-        def shard(part: Tensor, split_axis: int, index: int, count: int, replica_id: ReplicaId) -> ShardedTensor:
+        def shard(
+            key: str, part: Tensor, split_axis: int, index: int, count: int, replica_id: ReplicaId
+        ) -> ShardedTensor:
             return ShardedTensor.from_rank_offsets(
                 key,
                 part.contiguous(),
@@ -132,12 +134,16 @@ class GroupedExperts(MegatronModule):
         def split(
             key: str, tensor: Tensor, replica_id: ReplicaId, flattened_range: slice | None
         ) -> list[ShardedTensor]:
+            # `key` is not the one below: layers and optimizers rename a factory after it was made.
             assert flattened_range is None, f"{key}: flattened optimizer shards of experts are not supported"
             if name.endswith("weight2"):
-                return [shard(tensor, 2, rank, size, replica_id)]
+                return [shard(key, tensor, 2, rank, size, replica_id)]
             # All ranks' gate rows come before all ranks' up rows, so that any number of ranks can load them.
             gate, up = tensor.chunk(2, dim=1)
-            return [shard(gate, 1, rank, 2 * size, replica_id), shard(up, 1, size + rank, 2 * size, replica_id)]
+            return [
+                shard(key, gate, 1, rank, 2 * size, replica_id),
+                shard(key, up, 1, size + rank, 2 * size, replica_id),
+            ]
 
         return ShardedTensorFactory(
             key=key,

@@ -21,7 +21,10 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from megatron_gspo.context_parallel import ContextShare, pad_multiples
 from megatron_gspo.model.attention import PackedSegments
+from megatron_gspo.model.context_attention import ContextChunks
+from megatron_gspo.model.context_gather import tokens_of_all_ranks
 from megatron_gspo.model.log_probs import token_log_probs
 from megatron_gspo.types import MicroBatch
 
@@ -46,32 +49,47 @@ class PolicyModel(GPTModel):
         """Log-probs of the response tokens at `temperature`, or hidden states where another stage goes on.
 
         Args:
-            micro_batch: S must be a multiple of the tensor-parallel size. Every rank of a model-parallel group passes
-                the same one.
+            micro_batch: padded as `context_parallel.pad_multiples` says. Every rank of a copy of the model passes the
+                same one, whole.
             temperature: what the rollout engine divides logits by.
             with_entropy: also compute the entropy.
 
         Returns:
-            `TokenLogProbs` on the last pipeline stage, else hidden states [S / tensor, 1, H].
+            `TokenLogProbs` on the last pipeline stage, of all response tokens on every rank; else the hidden states of
+            the tokens held here, [S / context / tensor, 1, H].
         """
         hidden = self._final_hidden_states(micro_batch)
         if not self.post_process:
             return hidden
-        return TokenLogProbs(
-            *token_log_probs(
-                self._gather_sequence(hidden)[micro_batch.predicting_positions],
-                self.output_weight(),
-                micro_batch.target_token_ids,
-                temperature=temperature,
-                chunk_tokens=self.log_probs_chunk_tokens,
-                tensor_parallel_group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
-                with_entropy=with_entropy,
-            )
+        hidden, positions, targets = (
+            self._gather_sequence(hidden),
+            micro_batch.predicting_positions,
+            micro_batch.target_token_ids,
         )
+        here = None
+        if self._share.size > 1:
+            here, positions = self._predicted_here(micro_batch)
+            targets = targets[here]
+        log_probs, entropy = token_log_probs(
+            hidden[positions],
+            self.output_weight(),
+            targets,
+            temperature=temperature,
+            chunk_tokens=self.log_probs_chunk_tokens,
+            tensor_parallel_group=self.pg_collection.tp if self.pg_collection.tp.size() > 1 else None,
+            with_entropy=with_entropy,
+        )
+        if here is None:
+            return TokenLogProbs(log_probs, entropy)
+        num_tokens, group = len(micro_batch.target_token_ids), self.pg_collection.cp
+        if entropy is None:
+            return TokenLogProbs(tokens_of_all_ranks(log_probs, here, num_tokens, group), None)
+        both = tokens_of_all_ranks(torch.stack([log_probs, entropy], dim=1), here, num_tokens, group)
+        return TokenLogProbs(*both.unbind(1))
 
     def logits(self, micro_batch: MicroBatch) -> Tensor:
-        """Logits at every position, [S, V]: for tests and diagnosis, without pipeline parallelism."""
-        assert self.pre_process and self.post_process, "logits are for a model in one piece"
+        """Logits at every position, [S, V]: for tests and diagnosis, without pipeline or context parallelism."""
+        assert self.pre_process and self.post_process and self._share.size == 1, "logits are for a model in one piece"
         hidden = self._gather_sequence(self._final_hidden_states(micro_batch))
         shard = torch.nn.functional.linear(hidden, self.output_weight())
         return gather_from_tensor_model_parallel_region(shard, group=self.pg_collection.tp)
@@ -83,17 +101,38 @@ class PolicyModel(GPTModel):
         return self.output_layer.weight
 
     def _final_hidden_states(self, micro_batch: MicroBatch) -> Tensor:
-        """What the layers of this chunk make of the micro-batch: [S / tensor, 1, H]."""
+        """What the layers of this chunk make of the tokens held here: [S / context / tensor, 1, H]."""
         num_tokens, num_segments = len(micro_batch.token_ids), len(micro_batch.segment_cu_seqlens) - 1
-        assert num_tokens % self.config.tensor_model_parallel_size == 0, "sequence parallelism cuts into equal parts"
+        tensor, context = self.config.tensor_model_parallel_size, self._share.size
+        assert num_tokens % pad_multiples(tensor, context)[1] == 0, "ranks hold equal parts"
+        own = self._share.positions(micro_batch.segment_cu_seqlens, num_tokens)
         # Megatron (rope_utils.py) takes one table of S positions for a table of all segments' own positions, end to end.
         assert num_segments == 1 or micro_batch.max_segment_tokens < num_tokens, "max_segment_tokens must be exact"
         return super().forward(
-            input_ids=micro_batch.token_ids.unsqueeze(0),
-            position_ids=micro_batch.position_ids.unsqueeze(0),
+            input_ids=micro_batch.token_ids[own].unsqueeze(0),
+            position_ids=micro_batch.position_ids[own].unsqueeze(0),
             attention_mask=None,
-            packed_seq_params=PackedSegments.of(micro_batch.segment_cu_seqlens, micro_batch.max_segment_tokens),
+            packed_seq_params=PackedSegments.of(
+                micro_batch.segment_cu_seqlens,
+                micro_batch.max_segment_tokens,
+                None if self._share.size == 1 else ContextChunks.of(micro_batch, self._share),
+            ),
         )
+
+    @property
+    def _share(self) -> ContextShare:
+        """What this rank holds of every micro-batch."""
+        return ContextShare(self.pg_collection.cp.rank(), self.pg_collection.cp.size())
+
+    def _predicted_here(self, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Which of the T response tokens are predicted by a token held here, and where that is among those held."""
+        num_tokens = len(micro_batch.token_ids)
+        own = self._share.positions(micro_batch.segment_cu_seqlens, num_tokens)
+        place = torch.full((num_tokens,), -1, device=own.device)
+        place[own] = torch.arange(len(own), device=own.device)
+        predicting = place[micro_batch.predicting_positions]
+        here = (predicting >= 0).nonzero().squeeze(1)
+        return here, predicting[here]
 
     def _postprocess(self, hidden_states: Tensor, **inputs: object) -> Tensor:
         """Where GPTModel would compute all logits: keep the hidden states."""
@@ -101,7 +140,7 @@ class PolicyModel(GPTModel):
         return hidden_states
 
     def _gather_sequence(self, hidden: Tensor) -> Tensor:
-        """[S / tensor, 1, H] of every tensor-parallel rank to [S, H] on all of them.
+        """[S / context / tensor, 1, H] of every tensor-parallel rank to [S / context, H] on all of them.
 
         Each rank's gradient is what its part of the vocabulary contributes; the gather's backward sums them.
         """

@@ -6,7 +6,8 @@
     log.txt            what the program said, with times
     tensorboard/       the same metrics as TensorBoard events
     volatility/        step_*.npz, how routes changed: arrays named measurement/array (docs/volatility.md)
-    checkpoints/       the policy, as saved by training
+    checkpoints/       step_*, to go on from, and hf_step_*, the policy as a Hugging Face checkpoint
+    environment_after_step_*.json  the same as environment.json, for each time the run went on
 
 In: flat metric dictionaries. Out: the files, each line whole and flushed when `write` returns.
 """
@@ -56,16 +57,49 @@ class RunDirectory:
             UserError: `path` holds a run already, or cannot be written.
         """
         refuse_used_directory(path)
+        (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        return cls._open(path, recipe_yaml, 0, tensorboard=tensorboard, wandb_project=wandb_project)
+
+    @classmethod
+    def go_on(
+        cls,
+        path: Path,
+        recipe_yaml: str,
+        environment: Mapping[str, object],
+        last_line: Mapping[str, float | int],
+        *,
+        tensorboard: bool = True,
+        wandb_project: str | None = None,
+    ) -> RunDirectory:
+        """Go on with the run in `path` after the step of `last_line`, its line of metrics; later lines are taken back.
+
+        The line itself is written where the run ended before it could be.
+        """
+        step = int(last_line["step"])
+        kept = _lines_up_to(path / "metrics.jsonl", step)
+        aside = path / ".metrics.jsonl.part"
+        aside.write_text("".join(kept))
+        aside.rename(path / "metrics.jsonl")
+        (path / f"environment_after_step_{step}.json").write_text(json.dumps(environment, indent=2) + "\n")
+        directory = cls._open(path, recipe_yaml, step, tensorboard=tensorboard, wandb_project=wandb_project)
+        if not kept or json.loads(kept[-1])["step"] < step:
+            directory.write(last_line)
+        return directory
+
+    @classmethod
+    def _open(
+        cls, path: Path, recipe_yaml: str, after_step: int, *, tensorboard: bool, wandb_project: str | None
+    ) -> RunDirectory:
         log = logging.FileHandler(path / "log.txt")
         log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger().addHandler(log)
         (path / "recipe.yaml").write_text(recipe_yaml)
-        (path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
         writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(path / "tensorboard"))
+            # TensorBoard hides what it holds of later steps.
+            writer = SummaryWriter(str(path / "tensorboard"), purge_step=after_step + 1 if after_step else None)
         wandb_run = None
         if wandb_project is not None:
             wandb_run = _start_wandb(wandb_project, path, recipe_yaml)
@@ -107,7 +141,9 @@ def refuse_used_directory(path: Path) -> None:
     """Raise `UserError` where `path` holds a run, or cannot be written: a run never overwrites another."""
     metrics = path / "metrics.jsonl"
     if metrics.exists() and metrics.stat().st_size > 0:
-        raise UserError(f"--output-dir: {path} holds a run already (metrics.jsonl); name a new directory, or remove it")
+        raise UserError(
+            f"--output-dir: {path} holds a run already (metrics.jsonl); name a new directory, or go on with --resume"
+        )
     make_writable_directory(path)
 
 
@@ -144,6 +180,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
             raise UserError(f"{file}:{number} is no step's metrics; accepted: a JSON object with a number `step`")
         lines.append(line)
     return lines
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    """The whole lines of `metrics.jsonl` of steps up to `step`; a line that was being written is none."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in whole if json.loads(line)["step"] <= step]
 
 
 def _start_wandb(project: str, path: Path, recipe_yaml: str) -> Any:

@@ -45,28 +45,27 @@ def routes_of_responses(
             f"there are routes of {len(routed_experts)} responses, but the micro-batch has {micro_batch.num_responses}"
         )
     num_tokens = len(micro_batch.token_ids)
+    is_sample_token = micro_batch.is_sample_token.cpu().numpy()
     # Tokens without a route hold the first K experts, which are never read.
     packed = np.empty((num_tokens, len(layout.rank_layers), layout.top_k), dtype=np.int32)
     packed[:] = np.arange(layout.top_k)
     has_route = np.zeros(num_tokens, dtype=bool)
     bounds = micro_batch.segment_cu_seqlens.tolist()
-    for sample, experts, start, end in zip(
+    for sample, experts, start, segment_end in zip(
         micro_batch.sample_indices,
         routed_experts,
         bounds,
         bounds[1:],
-        strict=False,  # padding is a segment of its own
+        strict=False,  # there may be a segment of padding alone
     ):
+        end = start + int(is_sample_token[start:segment_end].sum())
         checked = _checked(layout, sample, experts, num_tokens=end - start)
         packed[start : end - 1] = checked[:, layout.rank_layer_indices]
         has_route[start : end - 1] = True
-    own = layout.token_range(num_tokens)
-    device = micro_batch.token_ids.device
-    routes = MicroBatchRoutes.room_for(layout, num_tokens, device=device, on_host=on_host, margins=False)
-    routes.by_layer.copy_(torch.from_numpy(packed[own.start : own.stop]).transpose(0, 1).to(layout.dtype))
-    return MicroBatchRoutes(
-        by_layer=routes.by_layer, has_route=torch.from_numpy(has_route[own.start : own.stop].copy())
-    )
+    own = layout.token_positions(micro_batch).cpu().numpy()
+    routes = MicroBatchRoutes.room_for(layout, micro_batch, on_host=on_host, margins=False)
+    routes.by_layer.copy_(torch.from_numpy(packed[own]).transpose(0, 1).to(layout.dtype))
+    return MicroBatchRoutes(by_layer=routes.by_layer, has_route=torch.from_numpy(has_route[own]))
 
 
 def _checked(layout: RoutingLayout, sample: int, experts: np.ndarray | None, *, num_tokens: int) -> np.ndarray:

@@ -3,16 +3,20 @@
 In: which MoE layers and which tokens of a packed micro-batch a rank's routers see (`RoutingLayout`). Out: room for the
 experts they chose (`MicroBatchRoutes`), which a later pass over the same micro-batch replays or compares with.
 
-Shape legend: S tokens of a packed micro-batch that this rank's routers see (under sequence parallelism a slice of it),
+Shape legend: S tokens of a packed micro-batch that this rank's routers see (under context and sequence parallelism a
+part of them),
 L MoE layers on this rank, K activated experts a token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from megatron_gspo.context_parallel import ContextShare
+from megatron_gspo.types import MicroBatch
 
 _MOST_EXPERTS_IN_A_BYTE = 256
 
@@ -30,9 +34,10 @@ class RoutingLayout:
     rank_layers: tuple[int, ...]  # those on this rank
     num_experts: int
     top_k: int
-    token_shard: int = (
-        0  # under sequence parallelism, which of the equal parts of a micro-batch this rank's routers see
-    )
+    context: ContextShare = field(
+        default_factory=ContextShare
+    )  # what this context-parallel rank holds of a micro-batch
+    token_shard: int = 0  # under sequence parallelism, which of the equal parts of that this rank's routers see
     num_token_shards: int = 1
 
     def __post_init__(self) -> None:
@@ -54,11 +59,22 @@ class RoutingLayout:
         """Where this rank's layers are in `moe_layers`."""
         return [self.moe_layers.index(number) for number in self.rank_layers]
 
-    def token_range(self, num_tokens: int) -> range:
-        """Which of a packed micro-batch's `num_tokens` tokens this rank's routers see."""
-        assert num_tokens % self.num_token_shards == 0, "sequence parallelism cuts into equal parts"
-        length = num_tokens // self.num_token_shards
-        return range(self.token_shard * length, (self.token_shard + 1) * length)
+    @property
+    def num_parts(self) -> int:
+        """Ranks that share the tokens of a micro-batch in the same layers."""
+        return self.context.size * self.num_token_shards
+
+    def num_tokens_here(self, micro_batch: MicroBatch) -> int:
+        """How many of a micro-batch's tokens this rank's routers see."""
+        num_tokens = len(micro_batch.token_ids)
+        assert num_tokens % self.num_parts == 0, "ranks see equal parts"
+        return num_tokens // self.num_parts
+
+    def token_positions(self, micro_batch: MicroBatch) -> Tensor:
+        """Which of a micro-batch's tokens those are, in the order the routers see them: [S] int64, on its device."""
+        held = self.context.positions(micro_batch.segment_cu_seqlens, len(micro_batch.token_ids))
+        length = self.num_tokens_here(micro_batch)
+        return held[self.token_shard * length : (self.token_shard + 1) * length]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +90,16 @@ class MicroBatchRoutes:
 
     @classmethod
     def room_for(
-        cls, layout: RoutingLayout, num_tokens: int, *, device: torch.device, on_host: bool, margins: bool
+        cls, layout: RoutingLayout, micro_batch: MicroBatch, *, on_host: bool, margins: bool
     ) -> MicroBatchRoutes:
-        """Room for what the routers choose for a micro-batch of `num_tokens`, its contents undefined.
+        """Room for what the routers choose for a micro-batch, its contents undefined.
 
         Args:
-            device: the model's.
             on_host: keep it in (pinned) host memory.
             margins: also for the routers' margins.
         """
-        shape = (len(layout.rank_layers), len(layout.token_range(num_tokens)), layout.top_k)
+        shape = (len(layout.rank_layers), layout.num_tokens_here(micro_batch), layout.top_k)
+        device = micro_batch.token_ids.device
         place = {"device": "cpu", "pin_memory": device.type == "cuda"} if on_host else {"device": device}
         return cls(
             by_layer=torch.empty(shape, dtype=layout.dtype, **place),

@@ -73,16 +73,10 @@ class RoutingSession:
         self._replayed = None if replayed is None else _PlannedReplay(layout, micro_batches, replayed)
         self._shows_natural = note_natural
         self._natural = [
-            MicroBatchRoutes.room_for(
-                layout,
-                len(micro_batch.token_ids),
-                device=micro_batch.token_ids.device,
-                on_host=on_host,
-                margins=margins,
-            )
+            MicroBatchRoutes.room_for(layout, micro_batch, on_host=on_host, margins=margins)
             for micro_batch in (micro_batches if self._needs_natural() else ())
         ]
-        self._num_counted_tokens = [num_counted_tokens(layout, micro_batch) for micro_batch in micro_batches]
+        self._num_counted_tokens = [int(counted_tokens(layout, micro_batch).sum()) for micro_batch in micro_batches]
         self._counts = ReplayCounts()
         self._complete = False
 
@@ -143,7 +137,7 @@ class RoutingSession:
             RoutingReplayError: an answer too many, or scores for another number of tokens.
         """
         is_first = self._ledger.count(layer, position)
-        num_tokens = len(self._layout.token_range(len(self._micro_batches[position].token_ids)))
+        num_tokens = self._layout.num_tokens_here(self._micro_batches[position])
         if scores.shape != (num_tokens, self._layout.num_experts):
             raise RoutingReplayError(
                 f"{self._ledger.name(layer, position)}: the router scores [tokens, experts] {list(scores.shape)}, "
@@ -264,9 +258,10 @@ class _PlannedReplay:
         self.counts: list[ReplayCounts] = []  # of each micro-batch, a router call
         for position, (micro_batch, entry) in enumerate(zip(micro_batches, routes, strict=True)):
             _check_fits(layout, position, micro_batch, entry)
-            num_tokens = num_replayed = num_counted_tokens(layout, micro_batch)
+            counted = counted_tokens(layout, micro_batch)
+            num_tokens = num_replayed = int(counted.sum())
             if entry.has_route is not None:
-                num_replayed = int(entry.has_route[:num_tokens].sum())
+                num_replayed = int((counted.cpu() & entry.has_route).sum())
             self.counts.append(ReplayCounts(num_replayed, num_tokens - num_replayed))
             self.has_route.append(None if entry.has_route is None else entry.has_route.to(micro_batch.token_ids.device))
 
@@ -285,15 +280,13 @@ def router_margin(scores: Tensor, values: Tensor, experts: Tensor) -> Tensor:
     return (values.amin(1) - rest).float()
 
 
-def num_counted_tokens(layout: RoutingLayout, micro_batch: MicroBatch) -> int:
-    """How many of the tokens that this rank's routers see are no padding; they come first."""
-    tokens = layout.token_range(len(micro_batch.token_ids))
-    num_real_tokens = len(micro_batch.token_ids) - micro_batch.num_padding_tokens
-    return len(range(tokens.start, min(tokens.stop, num_real_tokens)))
+def counted_tokens(layout: RoutingLayout, micro_batch: MicroBatch) -> Tensor:
+    """Which of the tokens that this rank's routers see are no padding: [S] bool."""
+    return micro_batch.is_sample_token[layout.token_positions(micro_batch)]
 
 
 def _check_fits(layout: RoutingLayout, position: int, micro_batch: MicroBatch, routes: MicroBatchRoutes) -> None:
-    tokens = len(layout.token_range(len(micro_batch.token_ids)))
+    tokens = layout.num_tokens_here(micro_batch)
     expected = (len(layout.rank_layers), tokens, layout.top_k)
     if tuple(routes.by_layer.shape) != expected or routes.by_layer.dtype != layout.dtype:
         raise RoutingReplayError(

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_gspo.context_parallel import ContextShare
 from megatron_gspo.routing.record import MicroBatchRoutes, RoutingLayout, RoutingReplayError
 from megatron_gspo.routing.replay import RoutingSession
 from megatron_gspo.types import MicroBatch
@@ -85,14 +86,15 @@ class RoutingTaps:
             first = len(self._layers)
             self._layers += [layer for layer in chunk.decoder.layers if layer.is_moe_layer]
             self._chunk_layers.append(range(first, len(self._layers)))
-        tensor_parallel = self._chunks[0].pg_collection.tp
+        groups = self._chunks[0].pg_collection
         self.layout = RoutingLayout(
             moe_layers=moe_layer_numbers(config),
             rank_layers=tuple(layer.layer_number for layer in self._layers),
             num_experts=config.num_moe_experts,
             top_k=config.moe_router_topk,
-            token_shard=tensor_parallel.rank() if config.sequence_parallel else 0,
-            num_token_shards=tensor_parallel.size() if config.sequence_parallel else 1,
+            context=ContextShare(groups.cp.rank(), groups.cp.size()),
+            token_shard=groups.tp.rank() if config.sequence_parallel else 0,
+            num_token_shards=groups.tp.size() if config.sequence_parallel else 1,
         )
         self._recomputes = config.recompute_granularity == "full"
 

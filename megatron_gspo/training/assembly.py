@@ -20,6 +20,7 @@ from megatron_gspo.model.build import build_policy, read_hf_config
 from megatron_gspo.model.hf_weights import has_weights, initialize_weights, load_hf_weights
 from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.policy_loss import WideClipRangeWarning, resolve_objective
+from megatron_gspo.training.agreement import together
 from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, build_trainable_policy
 from megatron_gspo.training.rollouts import Rollouts, hand_over_weights, load_tokenizer
 from megatron_gspo.training.routing import RoutingControl
@@ -63,7 +64,7 @@ def assemble(recipe: Recipe) -> Run:
         UserError: the recipe asks for what this version does not have, or its model, data or reward cannot be used.
     """
     recipe = with_clip_range(recipe)
-    inputs = parallel.together(lambda: open_inputs(recipe))
+    inputs = together(lambda: open_inputs(recipe))
     models = build_models(recipe)
     run = Run(
         recipe=recipe,

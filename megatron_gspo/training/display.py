@@ -67,6 +67,14 @@ def say_what_next(recipe: Recipe, output_dir: Path) -> None:
     )
 
 
+def say_how_to_go_on(step: int, output_dir: Path) -> None:
+    """What to type where a run was asked to stop."""
+    print(
+        f"Stopped as asked, after step {step}, with a checkpoint of it.\n"
+        f"Next: megatron-gspo train {output_dir / 'recipe.yaml'} --output-dir {output_dir} --resume"
+    )
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 45s, 3m20s, 2h05m."""
     whole = round(seconds)
@@ -86,6 +94,7 @@ class Display:
     enabled: bool = True
     console: Console = field(default_factory=lambda: Console(file=sys.stdout))
     plain_every: int = 1
+    steps_before: int = 0  # made by the run that this one goes on with
     _started: float = field(default_factory=time.perf_counter)
     _first_step_done: float | None = None
     _progress: Progress | None = None
@@ -108,7 +117,9 @@ class Display:
                 TextColumn("{task.fields[metrics]}"),
                 console=self.console,
             )
-            self._task = self._progress.add_task(self.label, total=self.total_steps, metrics="", left="")
+            self._task = self._progress.add_task(
+                self.label, total=self.total_steps, completed=self.steps_before, metrics="", left=""
+            )
             self._progress.start()
 
     def show(self, metrics: Mapping[str, float]) -> None:
@@ -137,9 +148,10 @@ class Display:
     def _time_left(self, step: int) -> str:
         """From the steps after the first, which alone pays for warming up."""
         now = time.perf_counter()
-        if step < 1 or step >= self.total_steps:
+        steps_made = step - self.steps_before
+        if steps_made < 1 or step >= self.total_steps:
             return ""
         if self._first_step_done is None:
             self._first_step_done = now
             return f"about {duration((now - self._started) * (self.total_steps - step))} left"
-        return f"{duration((now - self._first_step_done) / (step - 1) * (self.total_steps - step))} left"
+        return f"{duration((now - self._first_step_done) / (steps_made - 1) * (self.total_steps - step))} left"

@@ -12,6 +12,7 @@ from math import comb
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
 from megatron_gspo.data.prompts import PromptStream
+from megatron_gspo.training.agreement import together
 from megatron_gspo.training.assembly import build_models, open_inputs
 from megatron_gspo.training.rollouts import Rollouts, evaluation_settings, hand_over_weights
 from megatron_gspo.training.totals import Totals
@@ -61,7 +62,7 @@ def evaluate_checkpoint(recipe: Recipe) -> dict[str, float]:
     """
     if recipe.data.eval is None:
         raise UserError("data.eval is not set; accepted: a .jsonl or .parquet file, or a task's name")
-    inputs = parallel.together(lambda: open_inputs(recipe))
+    inputs = together(lambda: open_inputs(recipe))
     assert inputs.held_out is not None, "data.eval is set"
     try:
         hand_over_weights(build_models(recipe), inputs.rollouts, version=0)

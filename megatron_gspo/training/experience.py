@@ -3,52 +3,68 @@
 In: prompts, and the data leader's rollout engine and reward. Out: for every data-parallel rank its share of each mini-batch, as
 micro-batches of packed tokens, with the denominators of the whole mini-batch.
 
-Mini-batch j of m takes the step's prompts [j·P/m, (j + 1)·P/m), and data-parallel rank r of d the r-th of d equal parts
-of those: so what a mini-batch holds does not depend on the number of ranks, and a group never crosses ranks.
+Mini-batch j of m takes the step's prompts [j·P/m, (j + 1)·P/m), and data-parallel rank r of d samples and scores the
+r-th of d equal parts of those: so what a mini-batch holds does not depend on the number of ranks, and a group's
+advantages are computed where all of it is. Then the mini-batch's responses are shared out anew, by their tokens
+(`balance`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
+from megatron_gspo.context_parallel import pad_multiples
 from megatron_gspo.data.packing import pack, plan_micro_batches
 from megatron_gspo.platform import device
 from megatron_gspo.policy_loss import group_advantages
+from megatron_gspo.training.balance import rebalance, token_imbalance
 from megatron_gspo.training.rollouts import Rollouts
 from megatron_gspo.types import Group, MicroBatch, Prompt, Sample, SamplingSettings
 
 
 @dataclass(frozen=True)
 class Experience:
-    """One step's groups on this data-parallel rank, mini-batch by mini-batch, and what making them cost."""
+    """One step's share of this data-parallel rank: what it sampled, what it trains on, and what making it cost."""
 
-    mini_batches: tuple[tuple[Group, ...], ...]
-    first_sample: tuple[int, ...]  # index in the step of each mini-batch's first response on this rank
+    groups: tuple[Group, ...]  # as this rank sampled and scored them; their routes went with the samples
+    samples: tuple[tuple[Sample, ...], ...]  # by mini-batch, from any rank's groups
     num_failed_rewards: int
     rollout_s: float
     reward_s: float
 
-    @property
-    def groups(self) -> list[Group]:
-        """All of this rank's groups."""
-        return [group for mini_batch in self.mini_batches for group in mini_batch]
+    @classmethod
+    def of(
+        cls,
+        mini_batches: Sequence[Sequence[Group]],
+        first_sample: Sequence[int],
+        *,
+        num_failed_rewards: int,
+        rollout_s: float,
+        reward_s: float,
+    ) -> Experience:
+        """Share out what every rank sampled. A collective among data-parallel ranks.
 
-    def samples(self) -> list[list[Sample]]:
-        """This rank's training sequences, by mini-batch."""
-        return [_samples(groups, first) for groups, first in zip(self.mini_batches, self.first_sample, strict=True)]
+        Args:
+            mini_batches: this rank's groups, by mini-batch.
+            first_sample: index in the step of each mini-batch's first response on this rank.
+        """
+        samples = [_samples(groups, first) for groups, first in zip(mini_batches, first_sample, strict=True)]
+        return cls(
+            groups=tuple(_without_routes(group) for groups in mini_batches for group in groups),
+            samples=rebalance(samples),
+            num_failed_rewards=num_failed_rewards,
+            rollout_s=rollout_s,
+            reward_s=reward_s,
+        )
 
     def routed_experts(self) -> dict[int, np.ndarray | None]:
         """The rollout engine's routes of each sample, by `Sample.index`."""
-        return {
-            first + offset: response.routed_experts
-            for groups, first in zip(self.mini_batches, self.first_sample, strict=True)
-            for offset, response in enumerate(response for group in groups for response in group.responses)
-        }
+        return {sample.index: sample.routed_experts for samples in self.samples for sample in samples}
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,7 @@ class MiniBatch:
     micro_batches: tuple[MicroBatch, ...]
     num_responses: int
     num_tokens: int
+    rank_token_imbalance: float = 1.0  # tokens of the most loaded data-parallel rank over the mean
 
 
 def collect_experience(
@@ -76,9 +93,9 @@ def collect_experience(
             Group(prompt, responses, rewards, _advantages(rewards, recipe))
             for prompt, responses, rewards in zip(own, scored.responses, scored.rewards, strict=True)
         )
-        experience = Experience(
-            mini_batches=tuple(tuple(next(groups) for _ in share) for share in shares),
-            first_sample=tuple(first_sample),
+        experience = Experience.of(
+            [[next(groups) for _ in share] for share in shares],
+            first_sample,
             num_failed_rewards=scored.num_failed_rewards,
             rollout_s=scored.rollout_s,
             reward_s=scored.reward_s,
@@ -89,7 +106,7 @@ def collect_experience(
 def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int) -> list[MiniBatch]:
     """Pack every mini-batch's responses into micro-batches: the step's plan, which each of its passes uses."""
     planned = []
-    for samples in experience.samples():
+    for samples in experience.samples:
         counts = parallel.sum_over_data_ranks(
             [float(len(samples)), float(sum(len(sample.response_token_ids) for sample in samples))]
         )
@@ -98,6 +115,7 @@ def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int)
                 micro_batches=pack_samples(samples, recipe, pad_token_id),
                 num_responses=round(counts[0]),
                 num_tokens=round(counts[1]),
+                rank_token_imbalance=token_imbalance(samples),
             )
         )
     return planned
@@ -112,16 +130,19 @@ def pack_samples(
     response. Interleaved pipelines take micro-batches in rounds of the pipeline's size.
     """
     budget = recipe.training.tokens_per_micro_batch if token_budget is None else token_budget
-    plan = plan_micro_batches([sample.num_tokens for sample in samples], budget)
+    segment_multiple, multiple = pad_multiples(recipe.parallel.tensor, recipe.parallel.context)
+    plan = plan_micro_batches([-(-s.num_tokens // segment_multiple) * segment_multiple for s in samples], budget)
     count = max(1, parallel.max_over_data_ranks(len(plan)))
     if recipe.parallel.virtual_pipeline is not None:
         count += -count % recipe.parallel.pipeline
     plan = plan + [[] for _ in range(count - len(plan))]
-    # Sequence parallelism cuts a micro-batch into equal parts, one a tensor-parallel rank.
-    multiple = recipe.parallel.tensor
     return tuple(
         pack(
-            [samples[index] for index in indices], pad_to_multiple=multiple, pad_token_id=pad_token_id, device=device()
+            [samples[index] for index in indices],
+            pad_to_multiple=multiple,
+            pad_token_id=pad_token_id,
+            device=device(),
+            pad_segments_to_multiple=segment_multiple,
         )
         for indices in plan
     )
@@ -161,6 +182,12 @@ def _samples(groups: Sequence[Group], first_sample: int) -> list[Sample]:
             response_token_ids=response.token_ids,
             advantage=advantage,
             behaviour_log_probs=response.log_probs,
+            routed_experts=response.routed_experts,
         )
         for offset, (group, response, advantage) in enumerate(pairs)
     ]
+
+
+def _without_routes(group: Group) -> Group:
+    """The group as rewards and lengths are measured from it: routes are large, and travel once."""
+    return replace(group, responses=tuple(replace(response, routed_experts=None) for response in group.responses))

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from megatron_gspo import parallel
 from megatron_gspo.model.policy import TokenLogProbs
 from megatron_gspo.types import MicroBatch
 
@@ -78,5 +79,6 @@ def _apply(
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """Megatron's three-part form of a loss: the summed loss, the tokens it counts, and what to keep."""
     loss, kept = loss_function(position, micro_batch, output)
-    num_tokens = torch.tensor(len(micro_batch.target_token_ids), dtype=torch.int, device=loss.device)
-    return loss, num_tokens, kept
+    # Every context-parallel rank has the loss of all tokens; Megatron adds their counts up.
+    counted = len(micro_batch.target_token_ids) if parallel.is_first_context_rank() else 0
+    return loss, torch.tensor(counted, dtype=torch.int, device=loss.device), kept

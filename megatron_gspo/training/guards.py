@@ -23,6 +23,8 @@ BAD_GRADIENT = "the norm of a gradient is not finite"
 class TrainingDivergedError(TrainingFailedError):
     """Updates were skipped one after the other; going on would only burn time."""
 
+    of_all_ranks = True
+
 
 def problem_of_any_rank(policy: TrainablePolicy, problem: str | None) -> str | None:
     """Why no rank may update: the first rank's `problem`, or a gradient whose norm is not finite. A collective.

@@ -1,10 +1,10 @@
 """The training loop.
 
-In: a recipe and a run directory. Out: the run directory, filled (`report/metrics.py` says with what), and the trained
-policy as a Hugging Face checkpoint in it.
+In: a recipe and a run directory, new or to go on with. Out: the run directory, filled (`report/metrics.py` says with
+what), with checkpoints to go on from and, at the end, the trained policy as a Hugging Face checkpoint.
 
 A step, in the order the data flows: prompts, rollouts and rewards, group advantages, packing plan, old log-probs,
-mini-batch updates, weights to the rollout engine, evaluation, metrics.
+mini-batch updates, weights to the rollout engine, evaluation, checkpoint, metrics.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from megatron_gspo.model.hf_weights import save_hf_checkpoint
 from megatron_gspo.policy_loss import finalize_metrics
 from megatron_gspo.report.curves import write_report
 from megatron_gspo.report.metrics import RunDirectory, refuse_used_directory
-from megatron_gspo.training.assembly import Run, assemble
-from megatron_gspo.training.display import Display, describe, introduction, say_what_next
+from megatron_gspo.training.agreement import on_any_rank, on_main_rank
+from megatron_gspo.training.assembly import Run, assemble, with_clip_range
+from megatron_gspo.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_gspo.training.checkpoint_store import CheckpointStore
+from megatron_gspo.training.display import Display, describe, introduction, say_how_to_go_on, say_what_next
 from megatron_gspo.training.evaluation import evaluate
 from megatron_gspo.training.experience import Experience, collect_experience, plan_mini_batches
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.old_policy import baseline_log_probs
+from megatron_gspo.training.resume import FoundCheckpoint, find_checkpoint
 from megatron_gspo.training.rollouts import hand_over_weights, pad_token_id, training_settings
 from megatron_gspo.training.step import MiniBatchLoss, update_policy
 from megatron_gspo.training.step_metrics import Stopwatch, record_experience, timings, with_reward_spread
+from megatron_gspo.training.stopping import StopRequest
 from megatron_gspo.training.totals import Totals
 from megatron_gspo.training.volatility import StepVolatility
 
@@ -39,45 +44,100 @@ logger = logging.getLogger(__name__)
 progress_log = logging.getLogger("megatron_gspo.progress")  # log.txt alone: the display shows the same
 
 
-def train(recipe: Recipe, output_dir: Path) -> None:
+def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from: int | None = None) -> bool:
     """Run the recipe. Every rank calls this; rank 0 writes the run directory.
 
+    Args:
+        recipe: what to run.
+        output_dir: the run directory; a new one, or that of the run to go on with.
+        resume: go on from the newest checkpoint in `output_dir`.
+        resume_from: go on from the checkpoint of this step instead.
+
+    Returns:
+        Whether the run came to its end; False where a signal asked it to stop, with a checkpoint of its last step.
+
     Raises:
-        UserError: the recipe, model or data cannot be used.
+        UserError: the recipe, model, data or checkpoint cannot be used.
         TrainingDivergedError: updates kept being non-finite.
+        SaveFailedError: a checkpoint could not be written.
     """
-    parallel.together(lambda: refuse_used_directory(output_dir) if parallel.is_main_rank() else None)
+    stop = StopRequest()
+    recipe = with_clip_range(recipe)
+    store = CheckpointStore(output_dir / "checkpoints")
+    found = find_checkpoint(store, recipe, resume_from) if resume or resume_from is not None else None
+    if found is None:
+        on_main_rank(lambda: refuse_used_directory(output_dir))
     run = assemble(recipe)
-    recipe = run.recipe
-    directory = open_run_directory(recipe, output_dir) if parallel.is_main_rank() else None
-    display = Display("step", recipe.training.steps, enabled=parallel.is_main_rank())
     skipped = SkippedUpdates(recipe.training.max_skipped_updates)
+    if found is not None:
+        load_checkpoint(run, found.path, found.state, skipped)
+        hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
+    last = found.state.step if found is not None else 0
+    directory = open_run_directory(recipe, output_dir, found) if parallel.is_main_rank() else None
+    display = Display("step", recipe.training.steps, enabled=parallel.is_main_rank(), steps_before=last)
     display.start(introduction(recipe, output_dir))
     try:
-        record(directory, display, 0, run, evaluate_if_due(run, 0))
-        for step in range(1, recipe.training.steps + 1):
-            experience = collect_step_experience(run, step)
-            result = learn(run, experience, step, skipped)
-            record(directory, display, step, run, result.metrics | evaluate_if_due(run, step), result.volatility)
-            save_if_due(run, step, output_dir)
+        if found is None:
+            record(directory, display, step_line(0, run, evaluate_if_due(run, 0)))
+        stopping = False
+        while last < recipe.training.steps and not stopping:
+            last += 1
+            stopping = take_step(run, last, skipped, store, directory, display, stop)
     finally:
         display.stop()
         run.close()
         if directory is not None:
             directory.close()
+    finished = last >= recipe.training.steps
+    if finished:
+        save_policy(run, last, output_dir)
     if parallel.is_main_rank():
         write_report(output_dir)
-        say_what_next(recipe, output_dir)
+        say_what_next(recipe, output_dir) if finished else say_how_to_go_on(last, output_dir)
+    return finished
 
 
-def open_run_directory(recipe: Recipe, output_dir: Path) -> RunDirectory:
-    """Start the run's files."""
-    return RunDirectory.create(
+def take_step(
+    run: Run,
+    step: int,
+    skipped: SkippedUpdates,
+    store: CheckpointStore,
+    directory: RunDirectory | None,
+    display: Display,
+    stop: StopRequest,
+) -> bool:
+    """One step, saved where that is due, and recorded. Returns whether the ranks were asked to stop after it."""
+    experience = collect_step_experience(run, step)
+    result = learn(run, experience, step, skipped)
+    line = step_line(step, run, result.metrics | evaluate_if_due(run, step))
+    if directory is not None and result.volatility:
+        directory.write_volatility(step, result.volatility)
+    # A signal may reach one rank only, and between any two steps of the others.
+    stopping = on_any_rank(stop.requested)
+    every = run.recipe.training.save_every
+    if stopping or step == run.recipe.training.steps or (every > 0 and step % every == 0):
+        clock = Stopwatch()
+        save_checkpoint(run, store, step, skipped, line)
+        line |= {"time/checkpoint_s": clock.since_start()}
+    record(directory, display, line)
+    return stopping
+
+
+def open_run_directory(recipe: Recipe, output_dir: Path, found: FoundCheckpoint | None) -> RunDirectory:
+    """Start the run's files, or go on with them after the step of the checkpoint that was found."""
+    recipe_yaml, environment = dump_recipe(recipe), describe_environment(recipe.parallel.world_size)
+    tensorboard, wandb_project = recipe.logging.tensorboard, recipe.logging.wandb_project
+    if found is None:
+        return RunDirectory.create(
+            output_dir, recipe_yaml, environment, tensorboard=tensorboard, wandb_project=wandb_project
+        )
+    return RunDirectory.go_on(
         output_dir,
-        dump_recipe(recipe),
-        describe_environment(recipe.parallel.world_size),
-        tensorboard=recipe.logging.tensorboard,
-        wandb_project=recipe.logging.wandb_project,
+        recipe_yaml,
+        environment,
+        found.state.metrics,
+        tensorboard=tensorboard,
+        wandb_project=wandb_project,
     )
 
 
@@ -146,28 +206,22 @@ def evaluate_if_due(run: Run, step: int) -> dict[str, float]:
     return metrics | {f"time/{name}_s": seconds for name, seconds in clock.seconds.items()}
 
 
-def save_if_due(run: Run, step: int, output_dir: Path) -> None:
-    """Write the policy as a Hugging Face checkpoint every n steps and after the last one. Every rank takes part."""
-    every = run.recipe.training.save_every
-    if step == run.recipe.training.steps or (every > 0 and step % every == 0):
-        path = output_dir / "checkpoints" / f"hf_step_{step}"
-        save_hf_checkpoint(run.policy.models, path, run.recipe.model.path)
-        logger.info("step %d: saved %s", step, path)
+def save_policy(run: Run, step: int, output_dir: Path) -> None:
+    """Write the trained policy as a Hugging Face checkpoint. Every rank takes part."""
+    path = output_dir / "checkpoints" / f"hf_step_{step}"
+    save_hf_checkpoint(run.policy.models, path, run.recipe.model.path)
+    logger.info("step %d: saved %s", step, path)
 
 
-def record(
-    directory: RunDirectory | None,
-    display: Display,
-    step: int,
-    run: Run,
-    metrics: dict[str, float],
-    volatility: Mapping[str, np.ndarray] | None = None,
-) -> None:
-    """Write and show a step's metrics; step 0 is the policy before any update and has only its evaluation."""
-    line = {"step": step, "policy_version": run.policy.version} | metrics
-    if directory is not None and (step > 0 or metrics):
+def step_line(step: int, run: Run, metrics: dict[str, float]) -> dict[str, float]:
+    """A step's line of metrics; step 0 is the policy before any update and has only its evaluation."""
+    return {"step": step, "policy_version": run.policy.version} | metrics
+
+
+def record(directory: RunDirectory | None, display: Display, line: dict[str, float]) -> None:
+    """Write and show a step's metrics."""
+    measured = len(line) > len(("step", "policy_version"))
+    if directory is not None and measured:
         directory.write(line)
-        if volatility:
-            directory.write_volatility(step, volatility)
-    progress_log.info("step %d: %s", step, describe(line))
+    progress_log.info("step %d: %s", int(line["step"]), describe(line))
     display.show(line)

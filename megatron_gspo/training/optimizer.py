@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_gspo.config import Recipe
 from megatron_gspo.model.policy import PolicyModel
+from megatron_gspo.training.adam import register_adam
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def build_trainable_policy(
         DistributedDataParallel(model.config, wrapper_config, model, disable_bucketing=index > 0)
         for index, model in enumerate(models)
     ]
+    register_adam()
     optimizer = get_megatron_optimizer(_optimizer_config(recipe, learning_rate), chunks)
     scheduler = _scheduler(optimizer, learning_rate, recipe.training.weight_decay)
     for chunk in chunks:

@@ -63,7 +63,7 @@ class Probe:
         # Every n-th response of the step: of all mini-batches, and the same ones however the ranks share them.
         num_responses = recipe.training.prompts_per_step * recipe.rollout.responses_per_prompt
         stride = max(1, num_responses // recipe.routing.probe_responses)
-        of_step = [sample for mini_batch in experience.samples() for sample in mini_batch]
+        of_step = [sample for mini_batch in experience.samples for sample in mini_batch]
         samples = [sample for sample in of_step if sample.index % stride == 0]
         self._micro_batches = self._pack(samples, recipe.training.tokens_per_micro_batch)
         self._repacked = self._pack(samples, max(1, sum(sample.num_tokens for sample in samples) // 3))

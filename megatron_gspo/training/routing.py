@@ -48,7 +48,7 @@ UPDATE_CHANGE = ChangeNames("routing/update_change_rate", "routing/update_tokens
 
 @dataclass
 class Comparison:
-    """Routes of the same tokens measured twice, counted over micro-batches. Only first tensor-parallel ranks count."""
+    """Routes of the same tokens measured twice, counted over micro-batches. Of ranks that share tokens, the first counts."""
 
     change: RoutingChange  # of this rank's layers
     rerouted: ReroutedTokens  # over all layers; counted on the last pipeline stage
@@ -71,7 +71,7 @@ class Comparison:
     ) -> torch.Tensor:
         """Count a micro-batch's response tokens, [T, L, K] twice. Returns the experts replaced in all layers, [T]."""
         replaced = parallel.sum_over_stages(count_replaced(old, new).sum(1, dtype=torch.int64))
-        if parallel.is_first_tensor_rank():
+        if parallel.is_first_token_rank():
             positions = response_positions(micro_batch.response_cu_seqlens)
             self.change += count_change(
                 old,
@@ -259,18 +259,21 @@ class RoutingControl:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Routes of the tokens that predict the response, in all of this rank's layers, on the model's device.
 
-        Returns experts [T, L, K] int16 and margins [T, L] float32 (None where they were not recorded). Under sequence
-        parallelism each rank's routers saw a part of the tokens: the parts are put together.
+        Returns experts [T, L, K] int16 and margins [T, L] float32 (None where they were not recorded). Under context
+        and sequence parallelism each rank's routers saw a part of the tokens: the parts are put together.
         """
         wanted = micro_batch.predicting_positions
-        own = self.layout.token_range(len(micro_batch.token_ids))
-        here = (wanted >= own.start) & (wanted < own.stop)
-        local = wanted[here] - own.start
+        own = self.layout.token_positions(micro_batch)
+        place = torch.full((len(micro_batch.token_ids),), -1, device=own.device)
+        place[own] = torch.arange(len(own), device=own.device)
+        local = place[wanted]
+        here = local >= 0
+        local = local[here]
 
         def whole(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
             full = torch.zeros(len(wanted), *values.shape[1:], dtype=dtype, device=wanted.device)
             full[here] = values.to(device=wanted.device, dtype=dtype)[local]
-            return parallel.sum_over_tensor_ranks(full) if self.layout.num_token_shards > 1 else full
+            return parallel.sum_over_token_ranks(full) if self.layout.num_parts > 1 else full
 
         # gloo and NCCL add int32; narrowed afterwards, since comparing is faster the fewer bytes there are.
         experts = whole(routes.experts, torch.int32).to(torch.int16)

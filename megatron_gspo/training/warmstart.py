@@ -21,6 +21,7 @@ from megatron_gspo.data.demonstrations import open_demonstrations
 from megatron_gspo.model.hf_weights import save_hf_checkpoint
 from megatron_gspo.model.policy import TokenLogProbs
 from megatron_gspo.report.metrics import make_writable_directory
+from megatron_gspo.training.agreement import on_main_rank
 from megatron_gspo.training.assembly import build_models
 from megatron_gspo.training.display import Display
 from megatron_gspo.training.experience import pack_samples
@@ -42,7 +43,7 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
         TrainingDivergedError: updates kept being non-finite.
     """
     settings = recipe.warmstart
-    parallel.together(lambda: refuse_used_checkpoint(output_dir) if parallel.is_main_rank() else None)
+    on_main_rank(lambda: refuse_used_checkpoint(output_dir))
     tokenizer = load_tokenizer(recipe.model.path)
     policy = build_trainable_policy(
         build_models(recipe, load_balance_coefficient=settings.load_balance_coefficient),

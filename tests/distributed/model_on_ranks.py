@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_gspo import parallel
 from megatron_gspo.config import ParallelSection
+from megatron_gspo.context_parallel import pad_multiples
 from megatron_gspo.model.build import build_policy
 from megatron_gspo.model.hf_weights import (
     export_hf_weights,
@@ -85,8 +86,9 @@ def own_micro_batches(sizes: ParallelSection) -> list[MicroBatch]:
     """This data-parallel rank's part of all micro-batches."""
     per_rank = len(LENGTHS) // parallel.data_size()
     first = parallel.data_rank() * per_rank
+    segment, whole = pad_multiples(sizes.tensor, sizes.context)
     return [
-        micro_batch(sequences(LENGTHS[index], seed=index), pad_to_multiple=sizes.tensor)
+        micro_batch(sequences(LENGTHS[index], seed=index), pad_to_multiple=whole, pad_segments_to_multiple=segment)
         for index in range(first, first + per_rank)
     ]
 

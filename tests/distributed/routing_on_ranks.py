@@ -64,7 +64,7 @@ def record_and_replay(
         "first_micro_batch": first,
         "layer_indices": taps.layout.rank_layer_indices,
         "routes": [routes.experts.long() for routes in old.natural_routes],
-        "token_ranges": [list(taps.layout.token_range(len(batch.token_ids))) for batch in batches],
+        "token_positions": [taps.layout.token_positions(batch) for batch in batches],
         "replayed": [replay.counts.num_replayed, replay.counts.num_live],
         "replayed_from_engine": [engine_replay.counts.num_replayed, engine_replay.counts.num_live],
     }

@@ -81,6 +81,10 @@ def log_probs_of_all(results: list[dict[str, Any]]) -> list[Tensor]:
         pytest.param("moe, tied", {"tensor": 2}, id="tied, tensor 2"),
         pytest.param("moe, tied", {"pipeline": 2}, id="tied, pipeline 2"),
         pytest.param("dense", {"tensor": 2}, id="dense, tensor 2"),
+        pytest.param("moe", {"context": 2}, id="context 2"),
+        pytest.param("moe", {"context": 2, "expert": 2}, id="context 2, expert 2"),
+        pytest.param("dense", {"context": 2}, id="dense, context 2"),
+        pytest.param("moe", {"expert_tensor": 2}, id="expert tensor 2"),
     ],
 )
 def test_two_ranks_compute_what_one_computes(
@@ -134,6 +138,8 @@ def test_recomputation_and_parallelism_go_together(
     ("name", "layout"),
     [
         pytest.param("moe", {"tensor": 2, "expert": 2, "expert_tensor": 1, "pipeline": 2}, id="all at once"),
+        pytest.param("moe, tied", {"tensor": 2, "context": 2}, id="tied, tensor 2, context 2"),
+        pytest.param("dense", {"context": 4}, id="dense, context 4"),
         pytest.param("dense", {"tensor": 4}, id="fewer key-value heads than ranks"),
     ],
 )

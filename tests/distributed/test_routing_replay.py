@@ -77,9 +77,9 @@ def test_routes_are_recorded_and_replayed_where_they_belong(
     )
     seen = [torch.zeros(routes.shape[:2], dtype=torch.int) for routes in whole]
     for rank in results:
-        for offset, (routes, tokens) in enumerate(zip(rank["routes"], rank["token_ranges"], strict=True)):
+        for offset, (routes, tokens) in enumerate(zip(rank["routes"], rank["token_positions"], strict=True)):
             number = rank["first_micro_batch"] + offset
-            where = torch.tensor(tokens)[:, None], torch.tensor(rank["layer_indices"], dtype=torch.long)
+            where = tokens[:, None], torch.tensor(rank["layer_indices"], dtype=torch.long)
             assert torch.equal(routes.sort(-1).values, whole[number][where].sort(-1).values)
             seen[number][where] += 1
     assert all((times == 1).all() for times in seen), "every token, layer and micro-batch is on one rank"

@@ -11,10 +11,12 @@ from megatron_gspo import parallel
 from megatron_gspo.config import Recipe, load_recipe
 from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.policy_loss import group_advantages
-from megatron_gspo.training.assembly import assemble
-from megatron_gspo.training.experience import Experience, prompt_shares
+from megatron_gspo.training.assembly import assemble, build_models, reinforcement_learning_rate
+from megatron_gspo.training.experience import Experience, pack_samples, prompt_shares
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import learn
+from megatron_gspo.training.optimizer import build_trainable_policy
+from megatron_gspo.training.warmstart import supervised_step
 from megatron_gspo.types import Group, Prompt, Response
 
 UNTIMED = ("time/", "throughput/", "memory/")
@@ -24,6 +26,17 @@ def learn_arms_on_ranks(recipe: str, layout: list[str], arms: dict[str, list[str
     """Each arm's `learn`, in one layout."""
     parallel.initialize_distributed()
     return {name: learn_from_fixed(recipe, [*layout, *options], num_steps) for name, options in arms.items()}
+
+
+def supervise_on_ranks(recipe: str, layout: list[str]) -> dict[str, float]:
+    """One supervised update towards the fixed responses: its loss and gradient norm."""
+    loaded = load_recipe(Path(recipe), layout)
+    parallel.initialize_model_parallel(loaded.parallel, loaded.seed)
+    policy = build_trainable_policy(
+        build_models(loaded), loaded, reinforcement_learning_rate(loaded), divide_by_tokens=True
+    )
+    samples = fixed_experience(loaded, 1).samples[0]
+    return supervised_step(policy, pack_samples(samples, loaded, 0), SkippedUpdates(0), step=1)
 
 
 def learn_from_fixed(recipe: str, overrides: list[str], num_steps: int) -> dict:
@@ -44,9 +57,9 @@ def learn_from_fixed(recipe: str, overrides: list[str], num_steps: int) -> dict:
 def fixed_experience(recipe: Recipe, step: int) -> Experience:
     """This data-parallel rank's share of responses that the step's number alone decides."""
     shares, first_sample = prompt_shares(recipe.training.prompts_per_step, recipe)
-    return Experience(
-        mini_batches=tuple(tuple(_group(recipe, step, position) for position in share) for share in shares),
-        first_sample=tuple(first_sample),
+    return Experience.of(
+        [[_group(recipe, step, position) for position in share] for share in shares],
+        first_sample,
         num_failed_rewards=0,
         rollout_s=1.0,
         reward_s=0.0,

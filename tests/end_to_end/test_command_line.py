@@ -219,7 +219,6 @@ def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, tmp_
         (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt"),
         (["data.train=nowhere.jsonl"], r"data\.train.*nowhere\.jsonl"),
         (["reward.name=exat"], r"reward\.name.*exact"),
-        (["parallel.context=2"], r"parallel\.context is 2"),
         (["rollout.engine=sglang"], r"rollout\.engine.*'sglang'"),
     ],
 )

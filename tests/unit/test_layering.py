@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_gspo"
 
 FOUNDATION = {"types", "names", "import_path", "config"}
-MACHINE = FOUNDATION | {"platform", "launch", "parallel"}
+MACHINE = FOUNDATION | {"platform", "launch", "parallel", "context_parallel", "gloo"}
 SIBLINGS = ("model", "rollout", "reward", "data", "routing", "policy_loss")
 
 ALLOWED = {
@@ -18,6 +18,8 @@ ALLOWED = {
     "config": FOUNDATION,
     "platform": FOUNDATION,
     "parallel": MACHINE,
+    "context_parallel": set(),
+    "gloo": set(),
     **{sibling: MACHINE | {sibling} for sibling in SIBLINGS},
     "report": {"types", "report"},
     "environment": {"platform", "types"},

@@ -118,6 +118,30 @@ def test_padding_is_a_segment_of_its_own_and_the_least_that_is_needed(
     assert batch.max_segment_tokens == batch.segment_cu_seqlens.diff().max()
 
 
+@given(shapes=sample_shapes, segment_multiple=st.integers(1, 5), factor=st.integers(1, 3))
+def test_segments_can_be_filled_up_one_by_one(
+    shapes: list[tuple[int, int]], segment_multiple: int, factor: int
+) -> None:
+    samples = make_samples(shapes)
+    batch = pack(
+        samples,
+        pad_to_multiple=factor * segment_multiple,
+        pad_token_id=PAD,
+        device="cpu",
+        pad_segments_to_multiple=segment_multiple,
+    )
+
+    assert (batch.segment_cu_seqlens.diff() % segment_multiple == 0).all()
+    assert len(batch.token_ids) % (factor * segment_multiple) == 0
+    assert torch.equal(batch.token_ids[batch.predicting_positions + 1], batch.target_token_ids)
+    assert batch.num_padding_tokens == int((~batch.is_sample_token).sum())
+    assert (batch.token_ids[~batch.is_sample_token] == PAD).all()
+    for start, sample in zip(batch.segment_cu_seqlens.tolist(), samples, strict=False):
+        end = start + sample.num_tokens
+        assert batch.token_ids[start:end].tolist() == [*sample.prompt_token_ids, *sample.response_token_ids]
+        assert batch.is_sample_token[start:end].all()
+
+
 @pytest.mark.parametrize(("multiple", "length"), [(1, 2), (2, 2), (3, 3), (8, 8)])
 def test_a_micro_batch_without_samples_is_padding_alone(multiple: int, length: int) -> None:
     batch = pack_on_cpu([], multiple)

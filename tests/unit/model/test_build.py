@@ -28,7 +28,6 @@ from tests.tiny_models import dense_config, model_section, moe_config
         (moe_config(), {"pipeline": 3}, r"parallel\.pipeline.* is 3, .*num_hidden_layers, 4"),
         (moe_config(), {"pipeline": 2, "virtual_pipeline": 4}, r"virtual_pipeline is 8, .*num_hidden_layers, 4"),
         (moe_config(), {"virtual_pipeline": 2}, r"virtual_pipeline above 1 needs parallel\.pipeline above 1"),
-        (moe_config(), {"context": 2}, r"parallel\.context is 2"),
         (moe_config(), {"expert_tensor": 8}, r"moe_intermediate_size / 8 is 2, .*multiple of 4"),
         (dense_config(), {"expert": 2}, r"parallel\.expert is 2, but a qwen3 model has no experts"),
     ],

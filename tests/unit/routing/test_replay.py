@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_gspo import parallel
 from megatron_gspo.config import ParallelSection
+from megatron_gspo.context_parallel import ContextShare, pad_multiples
 from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.routing.record import MicroBatchRoutes, RoutingLayout, RoutingReplayError
 from megatron_gspo.routing.replay import ReplayCounts, RoutingSession, router_margin
@@ -211,14 +212,25 @@ def test_routes_take_the_bytes_that_are_promised():
         assert routes.by_layer.nbytes == taps.layout.bytes_per_token * len(batch.token_ids)
 
 
-@given(num_tokens=st.integers(0, 50), num_shards=st.integers(1, 8))
-def test_shards_hold_every_token_once_in_order(num_tokens: int, num_shards: int):
+@given(
+    lengths=st.lists(st.integers(2, 30), min_size=1, max_size=4),
+    num_shards=st.integers(1, 4),
+    num_context_ranks=st.integers(1, 3),
+)
+def test_shards_hold_every_token_once(lengths: list[int], num_shards: int, num_context_ranks: int):
+    segment, whole = pad_multiples(num_shards, num_context_ranks)
+    batch = micro_batch(sequences(lengths), pad_to_multiple=whole, pad_segments_to_multiple=segment)
+    layout = RoutingLayout((1,), (1,), num_experts=4, top_k=1, num_token_shards=num_shards)
     shards = [
-        RoutingLayout((1,), (1,), num_experts=4, top_k=1, token_shard=shard, num_token_shards=num_shards)
+        replace(layout, context=ContextShare(rank, num_context_ranks), token_shard=shard).token_positions(batch)
+        for rank in range(num_context_ranks)
         for shard in range(num_shards)
     ]
-    total = num_tokens * num_shards
-    assert [token for layout in shards for token in layout.token_range(total)] == list(range(total))
+    assert len({len(shard) for shard in shards}) == 1
+    held = torch.cat(shards)
+    assert torch.equal(held.sort().values, torch.arange(len(batch.token_ids)))
+    if num_context_ranks == 1:
+        assert torch.equal(held, held.sort().values)
 
 
 def test_margins_are_the_gap_that_keeps_the_next_expert_out():

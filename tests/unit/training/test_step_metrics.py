@@ -28,7 +28,7 @@ def test_rewards_lengths_and_groups_are_counted():
         np.array([0.5, 0.5], np.float32),
         np.zeros(2, np.float32),
     )
-    experience = Experience(((mixed,), (equal,)), (0, 2), num_failed_rewards=3, rollout_s=0.0, reward_s=0.0)
+    experience = Experience((mixed, equal), (), num_failed_rewards=3, rollout_s=0.0, reward_s=0.0)
     totals = Totals()
     record_experience(experience, [], 128, totals)
     metrics = with_reward_spread(finalize_metrics(totals.sums))

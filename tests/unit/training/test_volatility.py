@@ -132,12 +132,10 @@ def test_under_replay_the_change_is_still_measured_on_natural_routing(make_run: 
 def test_r3_without_the_engines_routes_is_an_error_and_never_live_routing(make_run: Callable[..., Run]):
     run = make_run(routing=EVERY_RESPONSE | {"replay": "r3"})
     experience = fixed_experience(run.recipe, 1)
-    first, *others = experience.mini_batches
-    group = first[0]
-    stripped = tuple(dataclasses.replace(response, routed_experts=None) for response in group.responses)
-    groups = (dataclasses.replace(group, responses=stripped), *first[1:])
+    (sample, *rest), *others = experience.samples
+    samples = ((dataclasses.replace(sample, routed_experts=None), *rest), *others)
     with pytest.raises(RoutingReplayError, match="sample 0"):
-        learn(run, dataclasses.replace(experience, mini_batches=(groups, *others)), 1, SkippedUpdates(0))
+        learn(run, dataclasses.replace(experience, samples=samples), 1, SkippedUpdates(0))
 
 
 def test_a_run_without_the_probe_has_no_probe_metrics(make_run: Callable[..., Run]):

@@ -1,0 +1,176 @@
+"""The directories that checkpoints of a run lie in: each is whole or does not exist.
+
+    checkpoints/.step_6.part   being written
+    checkpoints/step_6         whole, from the moment of its renaming on; manifest.json has the sha256 of every other file
+    checkpoints/latest         names the newest, as JSON, for people and scripts
+    checkpoints/.step_2.old    being deleted
+
+In: files that were written aside. Out: a checkpoint, by renaming; the whole ones there are, and damage found by file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+POINTER = "latest"
+
+_NAME = re.compile(r"step_(\d+)")
+_LEFTOVER = re.compile(r"\.step_\d+\.(part|old)|\.latest\.part")
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    directory: Path
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        matches = (_NAME.fullmatch(path.name) for path in self.directory.iterdir() if path.is_dir())
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or will be."""
+        return self.directory / f"step_{step}"
+
+    def start(self, step: int) -> Path:
+        """An empty directory to write the checkpoint of `step` into; what an interrupted save left goes."""
+        self.remove_leftovers()
+        aside = self.directory / f".step_{step}.part"
+        aside.mkdir(parents=True)
+        return aside
+
+    def finish(self, step: int, aside: Path, hashes: Mapping[str, str], *, keep: int) -> None:
+        """Make what was written into `aside` the checkpoint of `step`; keep it and the `keep` - 1 before it.
+
+        Later checkpoints are of a run that was given up for this one, and go too. `hashes` are sha256 by relative name.
+        """
+        _write_durably(aside / MANIFEST, _manifest_text(hashes))
+        _sync_directory(aside)
+        self._set_aside(step)
+        aside.rename(self.path(step))
+        _sync_directory(self.directory)
+        pointer = self.directory / f".{POINTER}.part"
+        _write_durably(pointer, json.dumps({"checkpoint": self.path(step).name}) + "\n")
+        pointer.rename(self.directory / POINTER)
+        kept = [saved for saved in self.steps() if saved <= step][-keep:]
+        for superseded in set(self.steps()) - set(kept):
+            self._set_aside(superseded)
+        self.remove_leftovers()
+
+    def abandon(self, aside: Path) -> None:
+        """Remove what a save that failed had written."""
+        shutil.rmtree(aside, ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Remove what interrupted saves and deletions left."""
+        if not self.directory.is_dir():
+            return
+        for path in self.directory.iterdir():
+            if not _LEFTOVER.fullmatch(path.name):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def pointer_problem(self) -> str | None:
+        """What is wrong with the pointer, where it cannot be read or names no checkpoint; None where nothing is."""
+        pointer = self.directory / POINTER
+        if not pointer.exists():
+            return None
+        try:
+            named = json.loads(pointer.read_bytes())["checkpoint"]
+        except (ValueError, KeyError, TypeError):
+            return f"{pointer} is damaged"
+        if not isinstance(named, str) or not _NAME.fullmatch(named) or not (self.directory / named).is_dir():
+            return f"{pointer} names {named!r}, which is no checkpoint"
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        """Take the checkpoint of `step`, if there is one, out of sight in one move, for deletion."""
+        if self.path(step).exists():
+            self.path(step).rename(self.directory / f".step_{step}.old")
+
+
+def file_names(checkpoint: Path) -> list[str]:
+    """Relative names of all files in a checkpoint but its manifest, sorted."""
+    files = (path for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(checkpoint)) for path in files if path != checkpoint / MANIFEST)
+
+
+def hash_files(checkpoint: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of each of the named files, which are made durable on the way."""
+    hashes = {}
+    for name in names:
+        with (checkpoint / name).open("rb") as file:
+            os.fsync(file.fileno())
+            hashes[name] = _sha256(checkpoint / name)
+    return hashes
+
+
+def read_manifest(checkpoint: Path) -> dict[str, str] | None:
+    """The sha256 of each file by relative name; None where the manifest is missing or is not what was written."""
+    try:
+        text = (checkpoint / MANIFEST).read_text()
+        hashes = json.loads(text)["files"]
+        written = _manifest_text(hashes)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return hashes if written == text else None
+
+
+def damaged_files(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> list[Path]:
+    """Files that are missing or are not what was written, looking at every `num_shares`th one from the `share`th."""
+    hashes = read_manifest(checkpoint)
+    if hashes is None:
+        return [checkpoint / MANIFEST]
+    return [
+        checkpoint / name
+        for name in sorted(hashes)[share::num_shares]
+        if not (checkpoint / name).is_file() or _sha256(checkpoint / name) != hashes[name]
+    ]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _manifest_text(hashes: Mapping[str, str]) -> str:
+    """The manifest, which has a checksum of itself."""
+    listed = json.dumps(dict(sorted(hashes.items())), indent=2)
+    own = hashlib.sha256(listed.encode()).hexdigest()
+    return json.dumps({"sha256_of_files": own, "files": json.loads(listed)}, indent=2) + "\n"
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,46 @@
+"""Being asked to stop: SIGTERM and SIGUSR1, as schedulers send them before they take a machine away.
+
+In: signals. Out: `requested`, which the loop asks for after every step; a second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+#: A signal this soon after the first is the same request, sent to a launcher and its ranks alike and passed on by it.
+SAME_REQUEST_S = 1.0
+
+_ASKING = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Listens from when it is made. The signals are heard by a thread, so also while the process waits for other ranks."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._heard_at: float | None = None
+        self._listening, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        for number in _ASKING:
+            signal.signal(number, lambda *_: None)
+        # Python writes the number of every signal here, from within the signal's handler in C.
+        signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="stop request", daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            for number in self._listening.recv(64):
+                if number in _ASKING:
+                    self._hear(number)
+
+    def _hear(self, number: int) -> None:
+        now = time.monotonic()
+        if self._heard_at is None:
+            self._heard_at = now
+            self.requested = True
+        elif now - self._heard_at > SAME_REQUEST_S:
+            os._exit(128 + number)
