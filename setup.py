@@ -41,7 +41,7 @@ setup(
         # SGLang runs in its own environment (its pins differ); the trainer speaks HTTP to it.
         "sglang": ["httpx"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "mypy", "ruff", "types-PyYAML"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "mypy", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["megatron-gspo = megatron_gspo.cli:main"]},
 )
