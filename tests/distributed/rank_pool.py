@@ -44,7 +44,7 @@ class RankPool:
         self._directory = Path(tempfile.mkdtemp(prefix="rank_pool_"))
         self._forker: subprocess.Popen[str] | None = None
 
-    def run(self, function: str, *, num_ranks: int, timeout_s: float = 120.0, **arguments: Any) -> list[Any]:
+    def run(self, function: str, *, num_ranks: int, timeout_s: float = 600.0, **arguments: Any) -> list[Any]:
         """Call `function` ("package.module:name") on `num_ranks` ranks; returns what each returned, in rank order.
 
         Raises:
