@@ -22,5 +22,5 @@ stage "types" mypy
 if [ $# -eq 0 ]; then
   set -- tests
 fi
-# A file a worker, so that what its tests share is made once; slow files first, so that no worker ends on one alone.
+# A file a worker, so that what its tests share is made once.
 stage "tests" python -m pytest --numprocesses 2 --dist loadfile --durations=8 "$@"
