@@ -5,7 +5,7 @@ Out: a frozen `Recipe`. Anything that cannot be accepted is one `UserError` nami
 and what is accepted.
 """
 
-from megatron_gspo.config.check import recipe_for_world_size, require_data_files
+from megatron_gspo.config.check import check_recipe, recipe_for_world_size, require_data_files
 from megatron_gspo.config.load import dump_recipe, load_recipe
 from megatron_gspo.config.model_fit import check_recipe_against_model
 from megatron_gspo.config.schema import (
@@ -42,6 +42,7 @@ __all__ = [
     "Section",
     "TrainingSection",
     "WarmstartSection",
+    "check_recipe",
     "check_recipe_against_model",
     "dump_recipe",
     "load_recipe",

@@ -1,0 +1,101 @@
+"""The layouts a number of GPUs allows, best first.
+
+In: a recipe, a number of GPUs, their memory. Out: every tensor / expert / expert_tensor / pipeline / context / data split
+that the recipe's own checks accept, and the first of them that fit. Nothing else of the recipe changes.
+
+The order is that of what a layout costs in communication and idle time, on nodes of so many GPUs: tensor groups within a
+node before those across nodes; then expert groups (expert × expert_tensor) within a node; then the shortest pipeline;
+the least context parallelism; the least expert_tensor; the smallest tensor; the smallest expert. What remains are data
+replicas, so that an earlier layout has more of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_gspo.config import ParallelSection, Recipe, check_recipe, check_recipe_against_model
+from megatron_gspo.memory.estimate import MemoryEstimate, estimate
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to divide a recipe over the GPUs, and what it takes."""
+
+    parallel: ParallelSection
+    memory: MemoryEstimate
+
+    def overrides(self) -> str:
+        """As arguments of the command line."""
+        sizes = ("tensor", "expert", "expert_tensor", "pipeline", "context", "data")
+        given = [f"parallel.{size}={getattr(self.parallel, size)}" for size in sizes]
+        if self.parallel.virtual_pipeline:
+            given.append(f"parallel.virtual_pipeline={self.parallel.virtual_pipeline}")
+        return " ".join(given)
+
+
+def possible_layouts(recipe: Recipe, num_gpus: int, gpus_per_node: int) -> list[Recipe]:
+    """The recipe under every split of `num_gpus` that its checks accept, best first."""
+    hf_config = json.loads((recipe.model.path / "config.json").read_text(encoding="utf-8"))
+    recipes = [recipe.model_copy(update={"parallel": sizes}) for sizes in _splits(recipe.parallel, num_gpus)]
+    accepted = [
+        candidate
+        for candidate in recipes
+        if not check_recipe(candidate) and not check_recipe_against_model(candidate, hf_config)
+    ]
+
+    def cost(candidate: Recipe) -> tuple[int | bool, ...]:
+        parallel = candidate.parallel
+        expert_group = parallel.expert * parallel.expert_tensor_size
+        return (
+            parallel.tensor > gpus_per_node,
+            expert_group > gpus_per_node,
+            parallel.pipeline,
+            parallel.context,
+            parallel.expert_tensor_size,
+            parallel.tensor,
+            parallel.expert,
+        )
+
+    return sorted(accepted, key=cost)
+
+
+def fitting_layouts(recipes: list[Recipe], gib: float, most: int) -> list[Layout]:
+    """The first `most` of `recipes` (from `possible_layouts`) that fit GPUs of `gib` GiB."""
+    found: list[Layout] = []
+    for recipe in recipes:
+        memory = estimate(recipe)
+        if memory.fits(gib):
+            found.append(Layout(recipe.parallel, memory))
+        if len(found) == most:
+            break
+    return found
+
+
+def smallest_layout(recipes: list[Recipe]) -> Layout:
+    """The one that needs least: what to say where none fits."""
+    return min((Layout(recipe.parallel, estimate(recipe)) for recipe in recipes), key=lambda it: it.memory.total_gib)
+
+
+def _splits(given: ParallelSection, num_gpus: int) -> Iterator[ParallelSection]:
+    for pipeline in _divisors(num_gpus):
+        of_stage = num_gpus // pipeline
+        # A pipeline keeps the recipe's virtual stages; the checks say where they do not divide the layers.
+        virtual = given.virtual_pipeline if pipeline > 1 else None
+        experts = [(size, width) for size in _divisors(of_stage) for width in _divisors(of_stage // size)]
+        for tensor in _divisors(of_stage):
+            for context in _divisors(of_stage // tensor):
+                sizes = {
+                    "tensor": tensor,
+                    "pipeline": pipeline,
+                    "virtual_pipeline": virtual,
+                    "context": context,
+                    "data": of_stage // (tensor * context),
+                }
+                for expert, expert_tensor in experts:
+                    yield given.model_copy(update=sizes | {"expert": expert, "expert_tensor": expert_tensor})
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
