@@ -125,9 +125,9 @@ class Activations:
         return self.held_tokens * (kept + query * b + log_sum_exp) + seen * 2 * key * b
 
     def _mlp(self) -> int:
-        """mlp.py: the input, gate and up, silu(gate), and the product."""
+        """mlp.py: the input; gate and up; silu(gate), up with an offset of 0 added, and the product."""
         width = self.shapes.mlp // self.parallel.tensor
-        return self.layer_input() + self.held_tokens * 4 * width * self.element_bytes
+        return self.layer_input() + self.held_tokens * 5 * width * self.element_bytes
 
     def _experts(self, *, selective: bool) -> int:
         shapes, b = self.shapes, self.element_bytes
