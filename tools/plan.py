@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -28,7 +28,7 @@ MOST_LAYOUTS = 10
 
 def main() -> int:
     """Plan, print, and return the exit status."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_intermixed_args()
     try:
         for name in ("gpus", "gpu_memory", "gpus_per_node"):
             if getattr(arguments, name) <= 0:
@@ -39,8 +39,6 @@ def main() -> int:
         # What does not divide the GPUs is no reason not to look for what does.
         own, problem = _own_layout(given, arguments.gpus)
         candidates = possible_layouts(given, arguments.gpus, arguments.gpus_per_node)
-        if not candidates:
-            raise UserError(f"--gpus is {arguments.gpus}; accepted: a number of GPUs that some layout can be divided over")
     except UserError as error:
         print(f"plan.py: {error}", file=sys.stderr)
         return 2
@@ -53,8 +51,15 @@ def main() -> int:
     return 0 if own is not None and own.memory.fits(arguments.gpu_memory) else 1
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"plan.py: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="What a recipe takes of a GPU's memory, and the layouts that fit.")
+    parser = _OneLineParser(description="What a recipe takes of a GPU's memory, and the layouts that fit.")
     parser.add_argument("recipe", type=Path, metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="changes one field of the recipe")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the trainer, all nodes together")
@@ -78,18 +83,24 @@ def _own_layout(given: Recipe, num_gpus: int) -> tuple[Layout | None, str | None
 
 
 def _print(
-    arguments: argparse.Namespace, own: Layout | None, problem: str | None, fitting: list[Layout], nearest: Layout | None
+    arguments: argparse.Namespace,
+    own: Layout | None,
+    problem: str | None,
+    fitting: list[Layout],
+    nearest: Layout | None,
 ) -> None:
     console, gib = Console(highlight=False), arguments.gpu_memory
     size = f"{arguments.gpus} × {gib:g} GiB"
     if own is None:
         console.print(f"[bold red]does not run[/] on {size}: {problem}")
     else:
-        console.print(_parts_table(own.memory, f"{arguments.recipe.name} on {size}: {_words(own.parallel)}"))
+        console.print(f"[bold]{arguments.recipe.name}[/] on {size}: {_words(own.parallel)}", soft_wrap=True)
+        console.print(_parts_table(own.memory))
         spare = gib - own.memory.total_gib
         verdict = "[bold green]fits[/], with" if spare >= 0 else "[bold red]does not fit[/] by"
         left = " to spare" if spare >= 0 else ""
-        console.print(f"{verdict} {abs(spare):.1f} GiB{left} on the fullest rank ({_rank_words(own.memory)})")
+        rank = _rank_words(own.memory)
+        console.print(f"{verdict} {abs(spare):.1f} GiB{left} on the fullest rank: {rank}", soft_wrap=True)
     if nearest is not None:
         console.print(f"\nNo layout fits {size}. The nearest needs {nearest.memory.total_gib:.1f} GiB a GPU:")
         console.print(f"  {nearest.overrides()}", soft_wrap=True)
@@ -99,8 +110,8 @@ def _print(
     console.print("Best: " + fitting[0].overrides(), soft_wrap=True)
 
 
-def _parts_table(memory: MemoryEstimate, title: str) -> Table:
-    table = Table(title=title, title_justify="left")
+def _parts_table(memory: MemoryEstimate) -> Table:
+    table = Table()
     table.add_column("on the fullest rank")
     table.add_column("GiB", justify="right")
     worst = memory.worst

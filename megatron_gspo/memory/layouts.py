@@ -12,11 +12,15 @@ replicas, so that an earlier layout has more of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_gspo.config import ParallelSection, Recipe, check_recipe, check_recipe_against_model
 from megatron_gspo.memory.estimate import MemoryEstimate, estimate
+
+#: As `model/experts.py` has it, which needs PyTorch.
+ROW_ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,18 @@ class Layout:
 
 
 def possible_layouts(recipe: Recipe, num_gpus: int, gpus_per_node: int) -> list[Recipe]:
-    """The recipe under every split of `num_gpus` that its checks accept, best first."""
+    """The recipe under every split of `num_gpus` that its checks accept, best first.
+
+    There is always one: context parallelism over all of them.
+    """
     hf_config = json.loads((recipe.model.path / "config.json").read_text(encoding="utf-8"))
     recipes = [recipe.model_copy(update={"parallel": sizes}) for sizes in _splits(recipe.parallel, num_gpus)]
     accepted = [
         candidate
         for candidate in recipes
-        if not check_recipe(candidate) and not check_recipe_against_model(candidate, hf_config)
+        if not check_recipe(candidate)
+        and not check_recipe_against_model(candidate, hf_config)
+        and _experts_are_aligned(candidate, hf_config)
     ]
 
     def cost(candidate: Recipe) -> tuple[int | bool, ...]:
@@ -76,6 +85,14 @@ def fitting_layouts(recipes: list[Recipe], gib: float, most: int) -> list[Layout
 def smallest_layout(recipes: list[Recipe]) -> Layout:
     """The one that needs least: what to say where none fits."""
     return min((Layout(recipe.parallel, estimate(recipe)) for recipe in recipes), key=lambda it: it.memory.total_gib)
+
+
+def _experts_are_aligned(recipe: Recipe, hf_config: Mapping[str, Any]) -> bool:
+    """Whether the grouped products of the layers without Transformer Engine take experts this narrow (model/build.py)."""
+    if "moe_intermediate_size" not in hf_config or recipe.model.spec == "transformer_engine":
+        return True
+    width = hf_config["moe_intermediate_size"] // recipe.parallel.expert_tensor_size
+    return width * (2 if recipe.model.dtype == "bfloat16" else 4) % ROW_ALIGNMENT_BYTES == 0
 
 
 def _splits(given: ParallelSection, num_gpus: int) -> Iterator[ParallelSection]:

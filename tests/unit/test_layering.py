@@ -16,6 +16,8 @@ ALLOWED = {
     "names": {"types"},
     "import_path": {"types"},
     "config": FOUNDATION,
+    # A plan is made on login nodes: without PyTorch, Megatron or a GPU.
+    "memory": FOUNDATION | {"memory"},
     "platform": FOUNDATION,
     "parallel": MACHINE,
     "context_parallel": set(),

@@ -20,7 +20,7 @@ def shipped(name: str, *overrides: str) -> Recipe:
 def test_the_recipes_relied_on_are_there() -> None:
     tiny = {"tiny_gspo", "tiny_grpo", "tiny_grpo_r2"}
     cluster = {f"qwen3_30b_a3b_{arm}" for arm in ("gspo", "grpo", "grpo_r2", "grpo_r3")}
-    assert tiny | cluster <= set(NAMES)
+    assert tiny | cluster | {"qwen3_235b_a22b_gspo"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,11 +82,22 @@ def test_the_cluster_layout_takes_32_ranks_or_64() -> None:
     assert shipped("qwen3_30b_a3b_gspo", "parallel.data=16").parallel.world_size == 64
 
 
-def test_the_shapes_shipped_for_qwen3_30b_a3b_add_up_to_its_30_5_billion_parameters() -> None:
-    shape = json.loads((RECIPES / "models/qwen3_30b_a3b/config.json").read_text())
+def test_the_larger_cluster_recipe_differs_in_model_and_layout_alone() -> None:
+    larger, smaller = shipped("qwen3_235b_a22b_gspo"), shipped("qwen3_30b_a3b_gspo")
+    assert larger.parallel.world_size == 128
+    assert larger.model.path.name == "qwen3_235b_a22b"
+    same = {"parallel": smaller.parallel, "model": larger.model.model_copy(update={"path": smaller.model.path})}
+    assert larger.model_copy(update=same) == smaller
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"), [("qwen3_30b_a3b", 30_532_122_624), ("qwen3_235b_a22b", 235_093_634_560)]
+)
+def test_the_shapes_shipped_for_a_model_add_up_to_its_parameters(model: str, parameters: int) -> None:
+    shape = json.loads((RECIPES / f"models/{model}/config.json").read_text())
     hidden, head = shape["hidden_size"], shape["head_dim"]
     query, key = shape["num_attention_heads"] * head, shape["num_key_value_heads"] * head
     attention = hidden * (2 * query + 2 * key) + 2 * head
     experts = shape["num_experts"] * (3 * hidden * shape["moe_intermediate_size"] + hidden)
     layer = attention + experts + 2 * hidden
-    assert shape["num_hidden_layers"] * layer + 2 * shape["vocab_size"] * hidden + hidden == 30_532_122_624
+    assert shape["num_hidden_layers"] * layer + 2 * shape["vocab_size"] * hidden + hidden == parameters
