@@ -92,7 +92,7 @@ def _print(
     console, gib = Console(highlight=False), arguments.gpu_memory
     size = f"{arguments.gpus} × {gib:g} GiB"
     if own is None:
-        console.print(f"[bold red]does not run[/] on {size}: {problem}")
+        console.print(f"[bold red]does not run[/] on {size}: {problem}", soft_wrap=True)
     else:
         console.print(f"[bold]{arguments.recipe.name}[/] on {size}: {_words(own.parallel)}", soft_wrap=True)
         console.print(_parts_table(own.memory))
@@ -132,7 +132,8 @@ def _layouts_table(layouts: list[Layout]) -> Table:
     for heading in (*sizes, "GiB"):
         table.add_column(heading, justify="right")
     for layout in layouts:
-        table.add_row(*(str(getattr(layout.parallel, size)) for size in sizes), f"{layout.memory.total_gib:.1f}")
+        parallel = layout.parallel.model_copy(update={"expert_tensor": layout.parallel.expert_tensor_size})
+        table.add_row(*(str(getattr(parallel, size)) for size in sizes), f"{layout.memory.total_gib:.1f}")
     return table
 
 

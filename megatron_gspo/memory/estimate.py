@@ -139,7 +139,7 @@ def static_memory(
 
 def _stage(recipe: Recipe, shapes: ModelShapes, stage: int) -> RankMemory:
     parallel, b = recipe.parallel, 2 if recipe.model.dtype == "bfloat16" else FLOAT32
-    static = static_memory(shapes, _without_replaced(parallel), b, stage, None)
+    static = static_memory(shapes, _with_expert_tensor(parallel), b, stage, None)
     is_first, is_last = stage == 0, stage == parallel.pipeline - 1
     parts = {
         "parameters": static.parameters,
@@ -248,6 +248,6 @@ def _most_micro_batches(recipe: Recipe) -> int:
     return max(1, _step_responses(recipe) // recipe.training.mini_batches)
 
 
-def _without_replaced(parallel: ParallelSection) -> ParallelSection:
+def _with_expert_tensor(parallel: ParallelSection) -> ParallelSection:
     """The same layout, equal for the cache however the experts' tensor size was given."""
     return parallel.model_copy(update={"expert_tensor": parallel.expert_tensor_size})

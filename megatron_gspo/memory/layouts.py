@@ -33,10 +33,10 @@ class Layout:
     def overrides(self) -> str:
         """As arguments of the command line."""
         sizes = ("tensor", "expert", "expert_tensor", "pipeline", "context", "data")
-        given = [f"parallel.{size}={getattr(self.parallel, size)}" for size in sizes]
-        if self.parallel.virtual_pipeline:
-            given.append(f"parallel.virtual_pipeline={self.parallel.virtual_pipeline}")
-        return " ".join(given)
+        values = {size: getattr(self.parallel, size) for size in (*sizes, "virtual_pipeline")}
+        if self.parallel.virtual_pipeline is None:
+            del values["virtual_pipeline"]
+        return " ".join(f"parallel.{size}={'null' if value is None else value}" for size, value in values.items())
 
 
 def possible_layouts(recipe: Recipe, num_gpus: int, gpus_per_node: int) -> list[Recipe]:
@@ -45,7 +45,8 @@ def possible_layouts(recipe: Recipe, num_gpus: int, gpus_per_node: int) -> list[
     There is always one: context parallelism over all of them.
     """
     hf_config = json.loads((recipe.model.path / "config.json").read_text(encoding="utf-8"))
-    recipes = [recipe.model_copy(update={"parallel": sizes}) for sizes in _splits(recipe.parallel, num_gpus)]
+    splits = _splits(recipe.parallel, num_gpus, has_experts=hf_config["model_type"] == "qwen3_moe")
+    recipes = [recipe.model_copy(update={"parallel": sizes}) for sizes in splits]
     accepted = [
         candidate
         for candidate in recipes
@@ -95,12 +96,14 @@ def _experts_are_aligned(recipe: Recipe, hf_config: Mapping[str, Any]) -> bool:
     return width * (2 if recipe.model.dtype == "bfloat16" else 4) % ROW_ALIGNMENT_BYTES == 0
 
 
-def _splits(given: ParallelSection, num_gpus: int) -> Iterator[ParallelSection]:
+def _splits(given: ParallelSection, num_gpus: int, *, has_experts: bool) -> Iterator[ParallelSection]:
     for pipeline in _divisors(num_gpus):
         of_stage = num_gpus // pipeline
         # A pipeline keeps the recipe's virtual stages; the checks say where they do not divide the layers.
         virtual = given.virtual_pipeline if pipeline > 1 else None
-        experts = [(size, width) for size in _divisors(of_stage) for width in _divisors(of_stage // size)]
+        experts: list[tuple[int, int | None]] = [(1, None)]
+        if has_experts:
+            experts = [(size, width) for size in _divisors(of_stage) for width in _divisors(of_stage // size)]
         for tensor in _divisors(of_stage):
             for context in _divisors(of_stage // tensor):
                 sizes = {

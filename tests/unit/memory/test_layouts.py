@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from megatron_gspo.memory import fitting_layouts, possible_layouts
 from megatron_gspo.memory.layouts import ROW_ALIGNMENT_BYTES, smallest_layout
 from megatron_gspo.model import experts
 from megatron_gspo.model.build import check_layout, read_hf_config
+from tests.tiny_models import dense_config
 
 REPOSITORY = Path(__file__).parents[3]
 RECIPE = REPOSITORY / "recipes/qwen3_30b_a3b_gspo.yaml"
@@ -39,6 +41,17 @@ def test_every_layout_found_fills_the_gpus_and_can_be_built() -> None:
         assert recipe.parallel.world_size == 64
         check_layout(hf_config, recipe.model, recipe.parallel)  # raises
     assert ROW_ALIGNMENT_BYTES == experts.ROW_ALIGNMENT_BYTES
+
+
+def test_a_dense_model_has_layouts_without_experts(tmp_path: Path) -> None:
+    dense_config().save_pretrained(tmp_path)
+    recipe = load_recipe(REPOSITORY / "recipes/tiny_gspo.yaml", [f"model.path={tmp_path}"])
+    recipes = possible_layouts(recipe, 4, gpus_per_node=8)
+    assert {candidate.parallel.tensor for candidate in recipes} == {1, 2, 4}
+    assert {candidate.parallel.expert for candidate in recipes} == {1}
+    (best,) = fitting_layouts(recipes, 16, most=1)
+    assert load_recipe(REPOSITORY / "recipes/tiny_gspo.yaml", [f"model.path={tmp_path}", *best.overrides().split()])
+    assert "routing cache" not in best.memory.parts_gib
 
 
 def test_the_recipes_own_layout_is_among_those_found() -> None:
@@ -67,6 +80,15 @@ def test_what_fits_fits_and_the_nearest_needs_least() -> None:
     least = smallest_layout(recipes).memory.total_gib
     assert fitting_layouts(recipes, least - 0.001, most=1) == []
     assert fitting_layouts(recipes, least, most=1)[0].memory.total_gib == least
+
+
+def test_the_documentation_shows_what_the_tool_prints() -> None:
+    text = (REPOSITORY / "docs/scale.md").read_text()
+    shown = re.findall(r"^\$ python tools/plan.py (.+)\n([^$`]+)", text, re.MULTILINE)
+    assert len(shown) == 3
+    for arguments, output in shown:
+        printed = plan(*arguments.split()).stdout
+        assert [line.rstrip() for line in printed.splitlines()] == output.rstrip().splitlines()
 
 
 def test_the_tool_says_what_fits_in_json() -> None:
