@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint directory"
     )
 
-    report = commands.add_parser("report", help="draw a run's curves as one HTML page")
+    report = commands.add_parser("report", help="one HTML page about a run: what it came to, warnings, figures")
     report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--output", type=Path, metavar="FILE.html", help="default: RUN/report.html")
 
@@ -152,9 +152,11 @@ def _evaluate(parsed: argparse.Namespace, given: list[str]) -> int:
 
 def _report(parsed: argparse.Namespace, given: list[str]) -> int:
     del given
-    from megatron_gspo.report.curves import write_report
+    from megatron_gspo.report.page import print_page
+    from megatron_gspo.report.run_report import write_report
 
-    print(write_report(parsed.run, parsed.output))
+    page, where = write_report(parsed.run, parsed.output)
+    print_page(page, figures_at=where)
     return EXIT_DONE
 
 
