@@ -29,7 +29,12 @@ class Chromium:
         browser_reads, self._to_browser = os.pipe()
         self._from_browser, browser_writes = os.pipe()
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
-        options += ["--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        options += [
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+        ]
         # The protocol's pipes are file descriptors 3 and 4.
         redirect = f'exec "$@" 3<&{browser_reads} 4>&{browser_writes}'
         self._process = subprocess.Popen(
@@ -65,7 +70,9 @@ class Chromium:
 
     def open(self, page: Path, *, width: int, dark: bool) -> None:
         """Load a file at a width in CSS pixels, in the light or dark scheme, and forget earlier events."""
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.send("Emulation.setEmulatedMedia", media="screen", features=scheme)
         self.events.clear()

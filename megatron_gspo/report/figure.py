@@ -97,7 +97,10 @@ def line_figure(
         notes.append(f"A logarithmic axis has no 0: not drawn are {listed} steps.")
     y_axis: dict[str, Any] = {"title": {"text": axis.title}}
     if logarithmic:
-        y_axis |= {"type": "log", "exponentformat": "power", "dtick": 1} if _decades(lines) > 2 else {"type": "log"}
+        # Every decade where there are many; else 1, 2 and 5 of each, or what plotly finds within a part of one.
+        decades = _decades(lines)
+        ticks = {"dtick": 1} if decades > 2 else {"dtick": "D2", "tickformat": "~g"} if decades > 0.6 else {}
+        y_axis |= {"type": "log", **ticks}
     if axis.share:
         y_axis |= {"tickformat": "~%"}
     return Figure(

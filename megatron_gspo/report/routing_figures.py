@@ -28,6 +28,7 @@ from megatron_gspo.report.read import RunRecord
 from megatron_gspo.types import UserError
 
 MAX_FILES = 48  # read and added up, evenly over the run; a file of a large model takes milliseconds
+FEWEST_IN_BIN = 10  # token-layers that a margin's share is drawn from
 CHANGE = "change_rate"
 FIRST_UPDATE = "change_rate_after_update_1"
 FLOOR = "noise_floor_repacked"
@@ -184,7 +185,6 @@ def expert_flow(counts: RoutingCounts) -> Figure:
                 "y": counts.layers.tolist(),
                 "z": compact(net),
                 "colorscale": "RdBu",
-                "reversescale": True,
                 "zmid": 0,
                 "zmin": -limit,
                 "zmax": limit,
@@ -202,7 +202,7 @@ def expert_flow(counts: RoutingCounts) -> Figure:
 def margin_reliability(counts: RoutingCounts) -> Figure | None:
     """How often a decision of a given router margin changed. None where margins are unknown."""
     tokens = counts.margin_tokens.sum(0)  # [M, 2]
-    known = np.flatnonzero(tokens.sum(1) > 0)
+    known = np.flatnonzero(tokens.sum(1) >= FEWEST_IN_BIN)
     if len(known) == 0:
         return None
     edges = counts.margin_edges.astype(float)
@@ -215,7 +215,8 @@ def margin_reliability(counts: RoutingCounts) -> Figure | None:
         id="margin",
         title="Does a small margin foretell a change?",
         how_to_read="A curve that falls from left to right says that close decisions flip and clear ones stay.",
-        definition="Share of token-layers whose set of experts changed, by the old policy's K-th minus K+1-th router score.",
+        definition="Share of token-layers whose set of experts changed, by the old policy's K-th minus K+1-th router "
+        f"score; bins of at least {FEWEST_IN_BIN}.",
         description=(
             f"Reliability curve over {len(known)} bins of the router margin, {int(total.sum()):,} token-layers: "
             f"{share[0]:.1%} changed at the smallest margins, about {number(centers[0])}, and {share[-1]:.1%} at the "

@@ -88,21 +88,20 @@ def what_ran(run: RunRecord) -> str:
 
 
 def did_it_learn(run: RunRecord) -> str:
-    """Held-out pass@1 before and after, or reward where nothing was held out, judged against its noise."""
+    """Held-out pass@1 and the reward, before and after, each judged against its noise."""
+    verdicts = []
     for name in run.matching("eval/*/pass_at_1"):
         series = run.series(name)
         if len(series) > 1:
             error = _evaluation_error(series, int(run.field("evaluation.prompts")))
             title = name.removeprefix("eval/").removesuffix("/pass_at_1")
-            return _verdict(f"held-out {title} pass@1", series.values[0], series.values[-1], error, series) + _fallen(
-                run
-            )
+            verdicts.append(_verdict(f"held-out {title} pass@1", series.values[0], series.values[-1], error, series))
     reward = run.series("reward/mean")
-    if len(reward) < 2:
-        return "too early to say: fewer than two steps are measured"
-    first, last = reward.start(0.1), reward.end(0.1)
-    error = noise_std(reward.values) * math.sqrt(1 / len(first) + 1 / len(last))
-    return _verdict("reward", float(first.mean()), float(last.mean()), error, reward) + _fallen(run)
+    if len(reward) > 1:
+        first, last = reward.start(0.1), reward.end(0.1)
+        error = noise_std(reward.values) * math.sqrt(1 / len(first) + 1 / len(last))
+        verdicts.append(_verdict("reward", float(first.mean()), float(last.mean()), error, reward))
+    return ". ".join(verdicts) + _fallen(run) if verdicts else "Too early to say: fewer than two steps are measured"
 
 
 def sections(run: RunRecord) -> list[Section]:

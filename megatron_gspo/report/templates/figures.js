@@ -28,8 +28,8 @@
     const named = data.filter((trace) => trace.showlegend !== false && trace.type === "scatter").length;
     return Plotly.react(box, recolored(data), {
       ...layout,
-      xaxis: {...axis, showgrid: false, ...layout.xaxis},
-      yaxis: {...axis, ...layout.yaxis},
+      xaxis: {...axis, showgrid: false, zeroline: false, ...layout.xaxis},
+      yaxis: {...axis, exponentformat: "e", ...layout.yaxis},
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: {family: "system-ui, sans-serif", size: narrow ? 11 : 12, color: color("--ink")},
       hoverlabel: {bgcolor: color("--paper"), bordercolor: color("--line"), font: {color: color("--ink")}},
