@@ -97,18 +97,10 @@ def group_runs(runs: Sequence[RunRecord], *, anyway: bool = False) -> Grouping:
     members = list(grouped.values())
     differences = _differences([fields[indices[0]] for indices in members], replicating)
     names = _names(differences, len(members), fields[0])
-    arms = []
-    for name, indices in zip(names, members, strict=True):
-        replicates: dict[Replicate, RunRecord] = {}
-        for index in indices:
-            key = (int(fields[index]["seed"]), str(fields[index]["model.path"]) if len(replicating) > 1 else "")
-            if key in replicates:
-                raise UserError(
-                    f"RUN: {replicates[key].path} and {runs[index].path} are the same recipe with the same seed; "
-                    "accepted: each once"
-                )
-            replicates[key] = runs[index]
-        arms.append(Arm(name, dict(sorted(replicates.items()))))
+    arms = [
+        Arm(name, _replicates([runs[index] for index in indices], by_cold_start=len(replicating) > 1))
+        for name, indices in zip(names, members, strict=True)
+    ]
     common, longest = min(run.last_step for run in runs), max(run.last_step for run in runs)
     if common < longest:
         short = ", ".join(run.name for run in runs if run.last_step == common)
@@ -118,6 +110,18 @@ def group_runs(runs: Sequence[RunRecord], *, anyway: bool = False) -> Grouping:
     if len({frozenset(arm.runs) for arm in arms}) > 1:
         notes.append("The arms have other seeds: paired differences use those that both have.")
     return Grouping(arms, differences, notes, common)
+
+
+def _replicates(runs: Sequence[RunRecord], *, by_cold_start: bool) -> dict[Replicate, RunRecord]:
+    replicates: dict[Replicate, RunRecord] = {}
+    for run in runs:
+        key = (int(run.field("seed")), str(run.field("model.path")) if by_cold_start else "")
+        if key in replicates:
+            raise UserError(
+                f"RUN: {replicates[key].path} and {run.path} are the same recipe with the same seed; accepted: each once"
+            )
+        replicates[key] = run
+    return dict(sorted(replicates.items()))
 
 
 def _material_fields(run: RunRecord) -> dict[str, Any]:
@@ -162,11 +166,8 @@ def _cold_starts_recur(fields: Sequence[dict[str, Any]]) -> bool:
 
 def _differences(arms: Sequence[dict[str, Any]], replicating: Sequence[str]) -> dict[str, list[Any]]:
     names = list(dict.fromkeys(name for arm in arms for name in arm if name not in replicating))
-    return {
-        name: values
-        for name in names
-        if len({repr(value) for value in (values := [arm.get(name) for arm in arms])}) > 1
-    }
+    values = {name: [arm.get(name) for arm in arms] for name in names}
+    return {name: row for name, row in values.items() if len({repr(value) for value in row}) > 1}
 
 
 def _names(differences: dict[str, list[Any]], num_arms: int, fields: dict[str, Any]) -> list[str]:
@@ -179,8 +180,7 @@ def _names(differences: dict[str, list[Any]], num_arms: int, fields: dict[str, A
         if len(set(finer)) == len(set(keys)):
             continue
         keys = finer
-        for arm, value in zip(parts, differences[name], strict=True):
-            arm += _part(name, value)
+        parts = [[*arm, *_part(name, value)] for arm, value in zip(parts, differences[name], strict=True)]
     shared = _part("objective.name", fields.get("objective.name")) if "objective.name" not in differences else []
     return [" ".join([*shared, *arm]) for arm in parts]
 
