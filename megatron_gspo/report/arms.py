@@ -26,7 +26,7 @@ IMMATERIAL = (
     "training.save_every",
     "training.keep_checkpoints",
 )
-#: What an arm is named by first; such a field's value needs no name beside it.
+#: What every arm is named by; such a field's value needs no name beside it.
 NAMED_BY_VALUE = ("objective.name", "routing.replay")
 #: Runs that differ here have no common scale: their rewards are of different things.
 TASK = ("data.train", "data.arithmetic_chain", "reward.name")
@@ -96,7 +96,7 @@ def group_runs(runs: Sequence[RunRecord], *, anyway: bool = False) -> Grouping:
         grouped.setdefault(repr({k: v for k, v in run_fields.items() if k not in replicating}), []).append(index)
     members = list(grouped.values())
     differences = _differences([fields[indices[0]] for indices in members], replicating)
-    names = _names(differences, len(members), fields[0])
+    names = _names(differences, [fields[indices[0]] for indices in members])
     arms = [
         Arm(name, _replicates([runs[index] for index in indices], by_cold_start=len(replicating) > 1))
         for name, indices in zip(names, members, strict=True)
@@ -170,19 +170,16 @@ def _differences(arms: Sequence[dict[str, Any]], replicating: Sequence[str]) -> 
     return {name: row for name, row in values.items() if len({repr(value) for value in row}) > 1}
 
 
-def _names(differences: dict[str, list[Any]], num_arms: int, fields: dict[str, Any]) -> list[str]:
-    """Each arm by the fewest fields that tell all arms apart, objective and replay first."""
-    ordered = sorted(differences, key=lambda name: (name not in NAMED_BY_VALUE, list(differences).index(name)))
-    parts: list[list[str]] = [[] for _ in range(num_arms)]
-    keys: list[tuple[str, ...]] = [() for _ in range(num_arms)]
-    for name in ordered:
-        finer = [(*key, repr(value)) for key, value in zip(keys, differences[name], strict=True)]
-        if len(set(finer)) == len(set(keys)):
-            continue
-        keys = finer
-        parts = [[*arm, *_part(name, value)] for arm, value in zip(parts, differences[name], strict=True)]
-    shared = _part("objective.name", fields.get("objective.name")) if "objective.name" not in differences else []
-    return [" ".join([*shared, *arm]) for arm in parts]
+def _names(differences: dict[str, list[Any]], arms: Sequence[dict[str, Any]]) -> list[str]:
+    """Each arm by its objective and replay, and the fewest other fields that tell all arms apart."""
+    parts = [[part for name in NAMED_BY_VALUE for part in _part(name, arm.get(name))] for arm in arms]
+    keys = [tuple(repr(arm.get(name)) for name in NAMED_BY_VALUE) for arm in arms]
+    for name, values in differences.items():
+        finer = [(*key, repr(value)) for key, value in zip(keys, values, strict=True)]
+        if len(set(finer)) > len(set(keys)):
+            keys = finer
+            parts = [[*arm, *_part(name, value)] for arm, value in zip(parts, values, strict=True)]
+    return [" ".join(arm) for arm in parts]
 
 
 def _part(name: str, value: Any) -> list[str]:

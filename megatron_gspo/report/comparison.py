@@ -31,7 +31,7 @@ from megatron_gspo.report.statistics import Interval, bootstrap_band
 from megatron_gspo.report.warnings import RunWarning, check_run
 from megatron_gspo.types import UserError
 
-DIGITS = 4
+DIGITS = 3
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def who_is_ahead(comparison: Comparison) -> str:
     for paired in comparison.paired:
         if paired.measure != "end_reward":
             continue
-        verdict = "one pair says nothing of the spread" if paired.difference.low is None else "not to be told apart"
+        verdict = "too few pairs to say" if paired.difference.low is None else "not to be told apart"
         if paired.difference.excludes_zero:
             verdict = "ahead" if paired.difference.mean > 0 else "behind"
         answers.append(
@@ -216,14 +216,15 @@ def to_csv(comparison: Comparison) -> str:
 
 def shown(interval: Interval, *, signed: bool = False) -> str:
     """A mean with its interval, as text."""
-
-    def text(value: float) -> str:
-        plain = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{DIGITS}g}"
-        return f"+{plain}" if signed and value > 0 else plain
-
+    mean = _text(interval.mean, signed=signed)
     if interval.low is None or interval.high is None:
-        return f"{text(interval.mean)} (n = {interval.count})"
-    return f"{text(interval.mean)} [{text(interval.low)}, {text(interval.high)}]"
+        return f"{mean} (n = {interval.count}, no interval)"
+    return f"{mean} [{_text(interval.low, signed=signed)}, {_text(interval.high, signed=signed)}]"
+
+
+def _text(value: float, *, signed: bool = False) -> str:
+    plain = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{DIGITS}g}"
+    return f"+{plain}" if signed and value > 0 else plain
 
 
 def _line(arm: Arm, name: str, until: int) -> Line | None:
@@ -248,19 +249,26 @@ def _results(comparison: Comparison) -> Table:
     for measure in MEASURES:
         if all(result.means[measure.name] is None for result in comparison.results):
             continue
-        cells = []
-        for arm, result in zip(arms, comparison.results, strict=True):
-            mean = result.means[measure.name]
-            cell = "none" if mean is None else shown(mean)
-            missing = len(arm.runs) - (mean.count if mean is not None else 0)
-            cells.append(cell + (f"; {missing} of {len(arm.runs)} runs never" if missing and mean is not None else ""))
+        cells = [_cell(result.values[measure.name]) for result in comparison.results]
         rows.append([measure.title, *cells, measure.meaning])
     return Table(
         "Results",
         ["measure", *(arm.name for arm in arms), "meaning"],
         rows,
-        f"Mean over runs [Student's 95% interval]. The target reward is {number(comparison.target_reward)}.",
+        f"Mean over runs, and the lowest to the highest run. The target reward is {number(comparison.target_reward)}.",
+        explained=True,
     )
+
+
+def _cell(values: list[float | None]) -> str:
+    """The mean of an arm's runs, their range, and how many have no value."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "none"
+    text = _text(sum(known) / len(known))
+    if min(known) < max(known):
+        text += f" ({_text(min(known))} to {_text(max(known))})"
+    return text + (f"; {len(values) - len(known)} of {len(values)} never" if len(known) < len(values) else "")
 
 
 def _paired(comparison: Comparison) -> Table:
@@ -279,8 +287,8 @@ def _paired(comparison: Comparison) -> Table:
         "Paired differences",
         ["difference", "mean [95% interval]", "pairs", "better"],
         rows,
-        "Runs of equal seed (and cold start) are subtracted first, so what they share cancels. An interval that leaves out 0 "
-        "tells the arms apart; among many measures one in twenty does so by chance.",
+        "Runs of equal seed (and cold start) are subtracted first, so what they share cancels. Student's interval: one that leaves "
+        "out 0 tells the arms apart; among many measures one in twenty does so by chance.",
     )
 
 

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 from megatron_gspo.types import UserError
 
-progress_log = logging.getLogger("megatron_gspo.progress")  # log.txt alone
-
 # The closing words of log.txt; a process that was killed leaves none.
 ENDED_BY = "the run ended by"
 ENDED_IN_ORDER = "the run ended in order"
@@ -140,7 +138,8 @@ class RunDirectory:
         if failure is not None:
             first_line = (str(failure).strip().splitlines() or [""])[0]
             how = f"{ENDED_BY} {type(failure).__name__}: {first_line}"
-        progress_log.info("%s", how)
+        # Straight to the file: it must not depend on the level that some logger is set to.
+        self.log.handle(logging.makeLogRecord({"name": __name__, "levelname": "INFO", "msg": how}))
         self.metrics_file.close()
         logging.getLogger().removeHandler(self.log)
         self.log.close()

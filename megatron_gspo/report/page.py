@@ -36,6 +36,7 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    explained: bool = False  # the last column explains the rows; a terminal has no room for it
 
 
 @dataclass(frozen=True)
@@ -126,10 +127,11 @@ def print_page(page: Page, *, figures_at: Path) -> None:
         text_table = TextTable(
             title=Text(table.title), title_justify="left", caption=Text(table.note) if table.note else None
         )
-        for column in table.columns:
+        shown = len(table.columns) - table.explained
+        for column in table.columns[:shown]:
             text_table.add_column(column, overflow="fold")
         for row in table.rows:
-            text_table.add_row(*(Text(cell) for cell in row))
+            text_table.add_row(*(Text(cell) for cell in row[:shown]))
         console.print(text_table)
     console.print(Text(f"Figures: {figures_at}"), soft_wrap=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -12,7 +13,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95% interval; `low` and `high` are None where one value alone says nothing of the spread."""
+    """A mean with its 95% interval; `low` and `high` are None where one value, or equal ones, say nothing of the spread."""
 
     mean: float
     low: float | None
@@ -62,12 +63,13 @@ def bootstrap_band(curves: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.nd
 def mean_interval(values: np.ndarray) -> Interval:
     """Mean of `values` [n], n >= 1, with Student's 95% interval, which is honest for the few seeds one has."""
     mean, count = float(values.mean()), len(values)
-    if count < 2:
+    if count < 2 or values.min() == values.max():
         return Interval(mean, None, None, count)
     half = student_t_quantile(count - 1) * float(values.std(ddof=1)) / np.sqrt(count)
     return Interval(mean, mean - half, mean + half, count)
 
 
+@cache
 def student_t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
     """The t that |T| stays below with probability `confidence`.
 

@@ -35,7 +35,7 @@
       hoverlabel: {bgcolor: color("--paper"), bordercolor: color("--line"), font: {color: color("--ink")}},
       margin: {l: 48, r: 12, t: 8, b: 40},
       showlegend: named > 1,
-      legend: {orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", bgcolor: "rgba(0,0,0,0)"},
+      legend: {orientation: "h", x: 0, y: 1.02, xanchor: "left", yanchor: "bottom", traceorder: "normal", bgcolor: "rgba(0,0,0,0)"},
     }, {displaylogo: false, responsive: true, displayModeBar: false});
   };
 
