@@ -25,6 +25,12 @@ FIGURES = """[...document.querySelectorAll(".plot")].map((plot) => {
       words: plot.getAttribute("aria-label"), role: plot.getAttribute("role")};
 })"""
 
+#: header, first line and number of lines of what a figure's button downloads
+DOWNLOADS = {
+    "ratio_spread": (["series", "step", "standard deviation"], ["token, log w", "1", "0.01"], 2 * 30),
+    "heat_map": (["MoE layer", "step", "change rate"], ["1", "1", "0.01"], 4 * 30),
+}
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
@@ -69,49 +75,29 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_the_scheme_follows_the_reader_also_while_the_page_is_open(browser: Chromium, pages: dict[str, Path]):
-    colors = {}
+def test_the_open_page_follows_the_readers_scheme_and_gives_its_data_as_csv(
+    browser: Chromium, pages: dict[str, Path], tmp_path: Path
+):
     look = """(() => {
         const line = document.querySelector("#reward .scatterlayer .js-line");
         return [getComputedStyle(document.body).backgroundColor, getComputedStyle(line).stroke];
     })()"""
     browser.open(pages["report"], width=1280, dark=False)
     browser.wait_for(DRAWN)
-    colors["light"] = browser.evaluate(look)
+    assert browser.evaluate(look) == ["rgb(255, 255, 255)", "rgb(0, 114, 178)"]
     scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
     browser.send("Emulation.setEmulatedMedia", media="screen", features=scheme)
-    browser.wait_for(f"{look}[1] !== '{colors['light'][1]}'")
-    colors["dark"] = browser.evaluate(look)
-    assert colors == {
-        "light": ["rgb(255, 255, 255)", "rgb(0, 114, 178)"],
-        "dark": ["rgb(20, 23, 26)", "rgb(86, 180, 233)"],
-    }
+    browser.wait_for(f"{look}[1] !== 'rgb(0, 114, 178)'")
+    assert browser.evaluate(look) == ["rgb(20, 23, 26)", "rgb(86, 180, 233)"]
 
-
-@pytest.mark.parametrize(
-    ("figure", "header", "first", "rows"),
-    [
-        ("ratio_spread", ["series", "step", "standard deviation"], ["token, log w", "1", "0.01"], 60),
-        ("heat_map", ["MoE layer", "step", "change rate"], ["1", "1", "0.01"], 4 * 30),
-    ],
-)
-def test_a_figures_data_is_downloaded_as_csv_from_the_page(
-    figure: str,
-    header: list[str],
-    first: list[str],
-    rows: int,
-    browser: Chromium,
-    pages: dict[str, Path],
-    tmp_path: Path,
-):
-    browser.open(pages["report"], width=1280, dark=False)
-    browser.wait_for(DRAWN)
     browser.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path), eventsEnabled=True)
-    browser.evaluate(f"document.querySelector('button[data-figure={figure}]').click()")
-    while not any(event["params"]["state"] == "completed" for event in browser.events_of("Browser.downloadProgress")):
-        browser.evaluate("1")
-    with (tmp_path / f"{figure}.csv").open() as file:
-        found_header, *found = csv.reader(file)
-    assert found_header == header
-    assert found[0] == first
-    assert len(found) == rows
+    for figure, (header, first, num_rows) in DOWNLOADS.items():
+        browser.events.clear()
+        browser.evaluate(f"document.querySelector('button[data-figure={figure}]').click()")
+        while not any(
+            event["params"]["state"] == "completed" for event in browser.events_of("Browser.downloadProgress")
+        ):
+            browser.evaluate("1")
+        with (tmp_path / f"{figure}.csv").open() as file:
+            rows = list(csv.reader(file))
+        assert (rows[0], rows[1], len(rows) - 1) == (header, first, num_rows)

@@ -66,7 +66,14 @@
     });
   }
 
-  const drawAll = () => Promise.all(Object.keys(figures).map(draw));
+  // One after the other, giving way to the reader in between.
+  const drawAll = async () => {
+    for (const id of Object.keys(figures)) {
+      await draw(id);
+      await new Promise((resolve) => setTimeout(resolve));
+    }
+    document.body.dataset.drawn = Object.keys(figures).length;
+  };
   dark.addEventListener("change", drawAll);
-  drawAll().then(() => { document.body.dataset.drawn = Object.keys(figures).length; });
+  drawAll();
 })();
