@@ -64,7 +64,7 @@ def routing_figures(run: RunRecord) -> list[Figure]:
     chosen = [files[index] for index in np.unique(np.linspace(0, len(files) - 1, MAX_FILES).round().astype(int))]
     counts = read_counts([path for _, path in chosen])
     note = f"Counts of {len(chosen):,} of {len(files):,} measured steps, {chosen[0][0]} to {chosen[-1][0]}, added up."
-    if CHANGE in counts:
+    if CHANGE in counts and counts[CHANGE].tokens.any():
         depth = [
             (label, counts[name].layers, counts[name].rate_by_layer()) for name, label in PROFILES if name in counts
         ]
@@ -250,10 +250,14 @@ def _profile(
     id: str, title: str, x_title: str, curves: list[tuple[str, np.ndarray, np.ndarray]], words: tuple[str, str]
 ) -> Figure:
     sentences = []
-    for label, x, rates in curves:
+    for label, all_x, all_rates in curves:
+        counted = np.isfinite(all_rates)  # a short response has no token in some sixteenths
+        x, rates = all_x[counted], all_rates[counted]
+        if len(rates) == 0:
+            continue
         sentences.append(
             f"{label}: {rates[0]:.2%} at {x_title} {number(float(x[0]))}, {rates[-1]:.2%} at {number(float(x[-1]))}, "
-            f"highest {np.nanmax(rates):.2%} at {number(float(x[int(np.nanargmax(rates))]))}"
+            f"highest {rates.max():.2%} at {number(float(x[int(rates.argmax())]))}"
         )
     return Figure(
         id=id,

@@ -131,6 +131,17 @@ def test_a_page_that_cannot_be_written_is_one_clear_line(run, tmp_path):
             write_report(run.path, output)
 
 
+def test_steps_in_which_no_token_was_compared_have_no_profile(tmp_path):
+    path = write_run(tmp_path / "run")
+    for file in (path / "volatility").iterdir():
+        with np.load(file) as arrays:
+            counts = {name: arrays[name] for name in arrays.files}
+        for name in ("tokens", "load_old", "lost", "gained", "margin_tokens"):
+            counts[f"change_rate/{name}"][:] = 0
+        np.savez_compressed(file, **counts)
+    assert not {"depth", "position", "expert_flow", "margin"} & set(figures_of(report_page(read_run(path))))
+
+
 def test_a_broken_volatility_file_is_named(tmp_path):
     path = write_run(tmp_path / "run")
     (path / "volatility" / "step_5.npz").write_bytes(b"PK no zip")
