@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_gspo", "megatron_gspo.*"]),
-    package_data={"megatron_gspo": ["py.typed"]},
+    package_data={"megatron_gspo": ["py.typed"], "megatron_gspo.report": ["templates/*"]},
     install_requires=[
         "torch>=2.13",
         # What runs without CUDA was established on 0.16; platform.py names the files of this release.
@@ -31,6 +31,7 @@ setup(
         "rich",
         "tensorboard",
         "plotly",
+        "Jinja2",
         "pyarrow",
         "math-verify",
     ],

@@ -49,9 +49,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint directory"
     )
 
-    report = commands.add_parser("report", help="draw a run's curves as one HTML page")
+    report = commands.add_parser("report", help="one HTML page about a run: what it came to, warnings, figures")
     report.add_argument("run", type=Path, metavar="RUN", help="a run directory")
     report.add_argument("--output", type=Path, metavar="FILE.html", help="default: RUN/report.html")
+
+    compare = commands.add_parser("compare", help="one HTML page about several runs, grouped by recipe")
+    compare.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run directories; seeds of one recipe are an arm"
+    )
+    compare.add_argument(
+        "--output", type=Path, default=Path("comparison.html"), metavar="FILE.html", help="default: comparison.html"
+    )
+    compare.add_argument("--reward", type=float, metavar="R", help="count the steps to this reward (default: half-way)")
+    compare.add_argument("--json", action="store_true", help="write the numbers as JSON too, beside the page")
+    compare.add_argument("--csv", action="store_true", help="write a line a run as CSV too, beside the page")
+    compare.add_argument("--anyway", action="store_true", help="compare runs of different tasks too")
 
     commands.add_parser("doctor", help="what this machine has, what will be used, what is missing")
     return parser
@@ -69,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "warmstart": _warmstart,
         "evaluate": _evaluate,
         "report": _report,
+        "compare": _compare,
         "doctor": _doctor,
     }
     try:
@@ -152,9 +165,30 @@ def _evaluate(parsed: argparse.Namespace, given: list[str]) -> int:
 
 def _report(parsed: argparse.Namespace, given: list[str]) -> int:
     del given
-    from megatron_gspo.report.curves import write_report
+    from megatron_gspo.report.page import print_page
+    from megatron_gspo.report.run_report import write_report
 
-    print(write_report(parsed.run, parsed.output))
+    page, where = write_report(parsed.run, parsed.output)
+    print_page(page, figures_at=where)
+    return EXIT_DONE
+
+
+def _compare(parsed: argparse.Namespace, given: list[str]) -> int:
+    del given
+    from megatron_gspo.report.comparison import compare
+    from megatron_gspo.report.page import print_page
+
+    page, (where, *others) = compare(
+        parsed.runs,
+        parsed.output,
+        target_reward=parsed.reward,
+        anyway=parsed.anyway,
+        as_json=parsed.json,
+        as_csv=parsed.csv,
+    )
+    print_page(page, figures_at=where)
+    for other in others:
+        print(f"Numbers: {other}")
     return EXIT_DONE
 
 

@@ -4,6 +4,7 @@ A mean is (sum, count) under its own name. What is not a mean is built by `final
 
     ratio/token_log, ratio/token_log_squared           -> ratio/token_log_std
     ratio/sequence_log, ratio/sequence_log_squared     -> ratio/sequence_log_std
+    mismatch/token_log, mismatch/sequence_log, and their squares (training/old_policy.py) -> the same
     ratio/weight, ratio/weight_squared                 -> ratio/effective_sample_fraction
 
 The clip fractions: `clip/token_fraction` is the share of response tokens whose gradient the clip removed (the paper's
@@ -79,7 +80,7 @@ def finalize_metrics(totals: Mapping[str, tuple[float, float]]) -> dict[str, flo
     fraction is given as its limit, 0.
     """
     means = {name: total / count for name, (total, count) in totals.items() if count > 0}
-    for name in ("ratio/token_log", "ratio/sequence_log"):
+    for name in ("ratio/token_log", "ratio/sequence_log", "mismatch/token_log", "mismatch/sequence_log"):
         if name in means:
             variance = means.pop(f"{name}_squared") - means.pop(name) ** 2
             means[f"{name}_std"] = math.sqrt(max(variance, 0.0))

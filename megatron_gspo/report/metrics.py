@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 from megatron_gspo.types import UserError
+
+# The closing words of log.txt; a process that was killed leaves none.
+ENDED_BY = "the run ended by"
+ENDED_IN_ORDER = "the run ended in order"
 
 
 @dataclass
@@ -127,7 +132,14 @@ class RunDirectory:
         aside.rename(directory / f"step_{step}.npz")
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close everything; log.txt's last line says whether in order, or as an exception passes through."""
+        failure = sys.exc_info()[1]
+        how = ENDED_IN_ORDER
+        if failure is not None:
+            first_line = (str(failure).strip().splitlines() or [""])[0]
+            how = f"{ENDED_BY} {type(failure).__name__}: {first_line}"
+        # Straight to the file: it must not depend on the level that some logger is set to.
+        self.log.handle(logging.makeLogRecord({"name": __name__, "levelname": "INFO", "msg": how}))
         self.metrics_file.close()
         logging.getLogger().removeHandler(self.log)
         self.log.close()
@@ -161,15 +173,13 @@ def make_writable_directory(path: Path) -> None:
         raise UserError(f"--output-dir: {path} cannot be written ({error.strerror}); accepted: a directory") from error
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`. The last may be half written while the run goes on: it is left out then.
+def read_metrics_file(file: Path) -> tuple[list[dict[str, float | None]], bool]:
+    """The lines of a run's `metrics.jsonl`, and whether a half-written one follows them, which is left out.
 
     Raises:
-        UserError: a line before it is broken, naming it.
+        UserError: a whole line is broken, naming it.
     """
-    file = path / "metrics.jsonl"
-    *whole, rest = file.read_text().split("\n")  # what follows the last line's end is not whole yet
-    del rest
+    *whole, rest = file.read_text(encoding="utf-8", errors="replace").split("\n")
     lines = []
     for number, text in enumerate(whole, start=1):
         try:
@@ -179,7 +189,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             raise UserError(f"{file}:{number} is no step's metrics; accepted: a JSON object with a number `step`")
         lines.append(line)
-    return lines
+    return lines, bool(rest)
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

@@ -21,8 +21,8 @@ from megatron_gspo.config import Recipe, dump_recipe
 from megatron_gspo.environment import describe_environment
 from megatron_gspo.model.hf_weights import save_hf_checkpoint
 from megatron_gspo.policy_loss import finalize_metrics
-from megatron_gspo.report.curves import write_report
 from megatron_gspo.report.metrics import RunDirectory, refuse_used_directory
+from megatron_gspo.report.run_report import write_report
 from megatron_gspo.training.agreement import on_any_rank, on_main_rank
 from megatron_gspo.training.assembly import Run, assemble, with_clip_range
 from megatron_gspo.training.checkpoint import load_checkpoint, save_checkpoint

@@ -16,6 +16,7 @@ from megatron_gspo.config import Recipe
 from megatron_gspo.training.experience import MiniBatch
 from megatron_gspo.training.forward import token_log_probs
 from megatron_gspo.training.totals import Totals
+from megatron_gspo.types import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,26 @@ def record_mismatch(log_probs: Sequence[torch.Tensor], mini_batch: MiniBatch, to
 
     `mismatch/log_prob_abs_mean` is the mean |log π_trainer − log π_engine| over response tokens; `mismatch/kl` estimates
     KL(engine ‖ trainer) from the engine's own samples as the mean of e^d − 1 − d, d = log π_trainer − log π_engine.
+    `mismatch/token_log_std` and `mismatch/sequence_log_std` are the spread of d over tokens, and of its mean over each
+    response's tokens: what log w (eq. 3) and log s (eq. 8) are at equal weights where the engine's log-probs are the old
+    policy's. A clip range narrower than that clips on noise.
     """
     for trainer, micro_batch in zip(log_probs, mini_batch.micro_batches, strict=True):
         difference = trainer.double() - micro_batch.behaviour_log_probs.double()
         count = float(len(difference))
         totals.add("mismatch/log_prob_abs_mean", float(difference.abs().sum()), count)
         totals.add("mismatch/kl", float((difference.expm1() - difference).sum()), count)
+        for unit, values in (("token", difference), ("sequence", _response_means(difference, micro_batch))):
+            totals.add(f"mismatch/{unit}_log", float(values.sum()), float(len(values)))
+            totals.add(f"mismatch/{unit}_log_squared", float((values * values).sum()), float(len(values)))
+
+
+def _response_means(values: torch.Tensor, micro_batch: MicroBatch) -> torch.Tensor:
+    """Mean of `values` [T] float64 over each response's tokens: [responses with tokens]."""
+    bounds = micro_batch.response_cu_seqlens
+    lengths = bounds.diff()
+    sums = torch.segment_reduce(values, "sum", offsets=bounds, axis=0, initial=0)
+    return sums[lengths > 0] / lengths[lengths > 0]
 
 
 def _by_mini_batch(

@@ -39,6 +39,8 @@ METRICS = {
     "clip/high_fraction",
     "mismatch/log_prob_abs_mean",
     "mismatch/kl",
+    "mismatch/token_log_std",
+    "mismatch/sequence_log_std",
     "routing/change_rate",
     "routing/change_rate_layer_1",
     "routing/change_rate_layer_2",
@@ -143,9 +145,20 @@ def test_every_step_has_the_contracted_metrics(finished: Path):
     assert "eval/arithmetic_chain/pass_at_1" in steps[-1]
 
 
+def test_a_finished_run_is_reported_as_the_end_of_training_left_it(finished: Path):
+    by_training = (finished / "report.html").read_text()
+    done = run("report", finished, "--output", finished.parent / "again.html")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"What ran +gspo \(clip 0\.0003 / 0\.0004\)", done.stdout)
+    assert re.search(r"How far +step 2 of 2", done.stdout)
+    assert (finished.parent / "again.html").read_text() == by_training
+    assert "the run ended in order" in (finished / "log.txt").read_text().splitlines()[-1]
+
+
 def test_engine_and_trainer_agree_to_round_off_at_equal_weights(finished: Path):
     for line in lines_of(finished)[1:]:
         assert line["mismatch/log_prob_abs_mean"] < 1e-5
+        assert 0 < line["mismatch/sequence_log_std"] < line["mismatch/token_log_std"] < 1e-5
 
 
 def test_the_recipe_that_ran_is_written_resolved_and_runs_again(finished: Path, tmp_path: Path):

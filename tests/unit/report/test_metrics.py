@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from megatron_gspo.report.metrics import RunDirectory, read_metrics, refuse_used_directory
+from megatron_gspo.report.metrics import RunDirectory, read_metrics_file, refuse_used_directory
 from megatron_gspo.types import UserError
 
 
@@ -14,7 +14,7 @@ def test_every_write_leaves_whole_lines_on_disk(tmp_path):
     directory.write({"step": 1, "policy_version": 1, "reward/mean": 0.5})
     directory.write({"step": 2, "policy_version": 2, "reward/mean": 0.75})
     # Read before closing: a crash now must lose nothing.
-    assert [line["reward/mean"] for line in read_metrics(tmp_path / "run")] == [0.5, 0.75]
+    assert [line["reward/mean"] for line in read_metrics_file(tmp_path / "run" / "metrics.jsonl")[0]] == [0.5, 0.75]
     directory.close()
     assert (tmp_path / "run" / "recipe.yaml").read_text() == "seed: 1\n"
     assert json.loads((tmp_path / "run" / "environment.json").read_text()) == {"python": "3"}
@@ -27,7 +27,10 @@ def test_a_value_that_is_not_finite_becomes_null(tmp_path):
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    assert read_metrics(tmp_path) == [{"step": 1, "loss/policy": None, "grad_norm": None}]
+    assert read_metrics_file(tmp_path / "metrics.jsonl") == (
+        [{"step": 1, "loss/policy": None, "grad_norm": None}],
+        False,
+    )
 
 
 def test_tensorboard_gets_the_same_scalars(tmp_path):
@@ -62,10 +65,11 @@ def test_a_file_where_the_directory_should_be_is_refused(tmp_path):
 def test_a_half_written_last_line_is_left_out_and_a_broken_one_before_it_named(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
-    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
+    lines, half_written = read_metrics_file(file)
+    assert ([line["step"] for line in lines], half_written) == ([1, 2], True)
     file.write_text('{"step": 1}\n{"step": 2, \n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not JSON"):
-        read_metrics(tmp_path)
+        read_metrics_file(file)
     file.write_text('{"a": 1}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:1 is no step's metrics"):
-        read_metrics(tmp_path)
+        read_metrics_file(file)

@@ -1,6 +1,7 @@
 """One policy update on the real model: what the gradient depends on, and what stops it."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from megatron_gspo.config import Recipe, load_recipe
+from megatron_gspo.policy_loss import finalize_metrics
 from megatron_gspo.training.assembly import build_models, frozen_copy, reinforcement_learning_rate
 from megatron_gspo.training.experience import MiniBatch, pack_samples
 from megatron_gspo.training.forward import token_log_probs
@@ -138,6 +140,14 @@ def test_the_engine_mismatch_is_the_distance_of_the_two_log_probs(tmp_path: Path
     assert total / count == pytest.approx(np.abs(difference).mean())
     total, count = totals.sums["mismatch/kl"]
     assert total / count == pytest.approx((np.exp(difference) - 1 - difference).mean())
+    bounds = np.cumsum(
+        [0, *(length for mb in mini_batch.micro_batches for length in mb.response_cu_seqlens.diff().tolist())]
+    )
+    means = np.array([difference[start:end].mean() for start, end in pairwise(bounds) if end > start])
+    metrics = finalize_metrics(totals.sums)
+    assert metrics["mismatch/token_log_std"] == pytest.approx(difference.std())
+    assert metrics["mismatch/sequence_log_std"] == pytest.approx(means.std())
+    assert len(means) > 1
 
 
 def test_a_non_finite_log_prob_skips_the_update_and_leaves_the_policy_alone(tmp_path: Path):
