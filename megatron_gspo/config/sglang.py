@@ -43,8 +43,8 @@ def check_sglang(recipe: Recipe) -> Iterator[Refusal]:
     yield from _check_address(section)
     for flag in (section.extra_flags or "").split():
         name = flag.partition("=")[0]
-        if name.startswith("-") and name not in EXTRA_FLAGS:
-            accepted = f"of SGLang's flags {', '.join(EXTRA_FLAGS)}{nearest_name(name, EXTRA_FLAGS)}"
+        if name not in EXTRA_FLAGS:
+            accepted = f"--flag=value or --flag of SGLang's {', '.join(EXTRA_FLAGS)}{nearest_name(name, EXTRA_FLAGS)}"
             yield Refusal("rollout.sglang.extra_flags", f"has {name}; accepted: {accepted}")
 
 

@@ -17,13 +17,14 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from megatron_gspo.config import Recipe
 from megatron_gspo.rollout.sglang_client import Endpoint, SglangClient
 from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
-from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION, RoutesShape
+from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION, RoutesShape, dense_layers
 from megatron_gspo.rollout.sglang_server import ServerModel, SglangServers, read_key
 from megatron_gspo.rollout.weight_sync import DiskWeightSync
 from megatron_gspo.types import Prompt, Response, SamplingSettings, TrainingFailedError, UserError
@@ -206,10 +207,10 @@ class SglangEngine:
 
 
 def require_servable(recipe: Recipe) -> None:
-    """Refuse a model directory that SGLang would not know what to do with.
+    """Refuse a model that SGLang would not serve, or would serve as another one.
 
     Raises:
-        UserError: its config.json names no architecture.
+        UserError: its config.json names no architecture, or dense layers among MoE layers.
     """
     config = _read_config(recipe.model.path)
     if not config.get("architectures"):
@@ -218,9 +219,15 @@ def require_servable(recipe: Recipe) -> None:
             f"model.path: {recipe.model.path}/config.json names no architectures, by which SGLang chooses its model; "
             f'accepted: "architectures": ["{expected}"]'
         )
+    if config.get("model_type") == "qwen3_moe" and (dense := dense_layers(config)):
+        raise UserError(
+            f"model.path: {recipe.model.path}/config.json makes layers {dense} dense (mlp_only_layers, decoder_sparse_step), "
+            f"and SGLang {SUPPORTED_VERSION} gives every layer of a qwen3_moe model experts; accepted under "
+            "rollout.engine: sglang is a model of MoE layers alone"
+        )
 
 
-def _read_config(path: Path) -> dict[str, object]:
+def _read_config(path: Path) -> dict[str, Any]:
     config = json.loads((path / "config.json").read_text())
     assert isinstance(config, dict), "the recipe's check holds this"
     return config

@@ -30,20 +30,15 @@ class StaleWeightsError(Exception):
 
 @dataclass(frozen=True)
 class RoutesShape:
-    """What SGLang's routed experts of a model look like, and which of them are routes.
+    """What SGLang's routed experts of a model look like."""
 
-    SGLang keeps an entry for every decoder layer (srt/state_capturer/routed_experts.py); that of a dense layer is what
-    was left in its buffer.
-    """
-
-    num_layers: int  # decoder layers, dense ones included
-    moe_layers: tuple[int, ...]  # indices, from 0
+    num_layers: int  # decoder layers; all are MoE layers, as `dense_layers` makes sure
     num_experts: int
     top_k: int
 
     @classmethod
     def of(cls, hf_config: Mapping[str, Any]) -> RoutesShape:
-        """Of a Qwen3-MoE model's config.json, by the rule of Transformers' Qwen3MoeDecoderLayer.
+        """Of a Qwen3-MoE model's config.json.
 
         Raises:
             UserError: the model has no MoE layer.
@@ -53,21 +48,18 @@ class RoutesShape:
                 "routing.replay: r3 replays the rollout engine's routes, and the model has no MoE layer to route in; "
                 "accepted: off, or a qwen3_moe model"
             )
-        num_layers, step = int(hf_config["num_hidden_layers"]), int(hf_config.get("decoder_sparse_step", 1))
-        dense = set(hf_config.get("mlp_only_layers") or ())
         return cls(
-            num_layers=num_layers,
-            moe_layers=tuple(layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0),
+            num_layers=int(hf_config["num_hidden_layers"]),
             # Transformers 5 writes the number of experts under another name than the checkpoints it reads.
             num_experts=int(hf_config["num_experts"] if "num_experts" in hf_config else hf_config["num_local_experts"]),
             top_k=int(hf_config["num_experts_per_tok"]),
         )
 
     def decode(self, text: str, num_tokens: int) -> np.ndarray:
-        """Routes [num_tokens, MoE layers, K] in uint8 up to 256 experts, uint16 above.
+        """Routes [num_tokens, L, K] in uint8 up to 256 experts, uint16 above.
 
         Args:
-            text: base64 of int32 [num_tokens, decoder layers, K].
+            text: base64 of int32 [num_tokens, L, K].
             num_tokens: prompt + response - 1; the last token was never run through the model.
 
         Raises:
@@ -80,10 +72,20 @@ class RoutesShape:
         shape = (num_tokens, self.num_layers, self.top_k)
         if flat.size != np.prod(shape):
             raise ValueError(f"{flat.size} entries, expected {np.prod(shape)} (tokens, layers, experts: {list(shape)})")
-        routes = flat.reshape(shape)[:, list(self.moe_layers)]
+        routes = flat.reshape(shape)
         if routes.size and not 0 <= routes.min() <= routes.max() < self.num_experts:
             raise ValueError(f"experts {routes.min()} to {routes.max()}, expected 0 to {self.num_experts - 1}")
         return routes.astype(np.uint8 if self.num_experts <= 256 else np.uint16)
+
+
+def dense_layers(hf_config: Mapping[str, Any]) -> list[int]:
+    """Layers of a Qwen3-MoE model that are dense, from 0, by the rule of Transformers' Qwen3MoeDecoderLayer.
+
+    SGLang 0.5.21 builds experts in every layer whatever the configuration says (srt/models/qwen3_moe.py,
+    `is_layer_sparse = True`) and loads a dense layer's weights nowhere, in silence.
+    """
+    named, step = set(hf_config.get("mlp_only_layers") or ()), int(hf_config.get("decoder_sparse_step", 1))
+    return [layer for layer in range(int(hf_config["num_hidden_layers"])) if layer in named or (layer + 1) % step]
 
 
 @dataclass(frozen=True)
