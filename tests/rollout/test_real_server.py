@@ -117,7 +117,7 @@ def test_verification_tells_the_weights_that_were_sent_from_others(recipe: Recip
     engine.update_weights(weights_of(model), version=3)
     prompt, token_ids = PROMPTS[0], np.arange(20, 40)
     response = Response(prompt.id, token_ids, np.zeros(20, dtype=np.float32), "length", 3)
-    sequence = [prompt.token_ids[-1], *token_ids]
+    sequence = [prompt.token_ids[-1], *token_ids.tolist()]
     shortened = replace(prompt, token_ids=prompt.token_ids[-1:])
     engine.verify_weights(sequence, torch.from_numpy(by_transformers(model, shortened, response, 1.0)[0]), 1e-4)
     with pytest.raises(TrainingFailedError, match=r"weights version 3 the log-probs of .* differ"):
@@ -190,7 +190,7 @@ def test_the_key_is_in_a_private_file_and_nowhere_else(host: ServerHost):
 
 
 def test_a_wrong_key_is_refused_before_anything_is_built(recipe_file: Path, host: ServerHost, tmp_path: Path):
-    (tmp_path / "key").write_text("not the key")
+    (tmp_path / "key").write_text("not-the-key")
     (tmp_path / "key").chmod(0o600)
     servers = [f"rollout.sglang.urls={host.connection.urls[0]}", f"rollout.sglang.key_file={tmp_path / 'key'}"]
     done = train(recipe_file, *servers, "--output-dir", tmp_path / "run")
