@@ -56,7 +56,7 @@ def write_model_and_recipe(directory: Path) -> Path:
                     "max_requests_in_flight": 32,
                     "startup_timeout_s": 600.0,
                     "request_timeout_s": 120.0,
-                    "outage_timeout_s": 300.0,
+                    "outage_timeout_s": 900.0,
                 },
             },
             reward={"name": "tests.end_to_end.graded_reward:share_of_odd_characters"},
