@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_gspo", "megatron_gspo.*"]),
     package_data={"megatron_gspo": ["py.typed"], "megatron_gspo.report": ["templates/*"]},
+    # SGLang is none of them: it runs in an environment of its own (its pins differ), and is spoken to over HTTP.
     install_requires=[
         "torch>=2.13",
         # What runs without CUDA was established on 0.16; platform.py names the files of this release.
@@ -34,13 +35,12 @@ setup(
         "Jinja2",
         "pyarrow",
         "math-verify",
+        "httpx",
     ],
     extras_require={
         # Transformer Engine is built against the machine's CUDA. NVIDIA Apex is detected, never required: the
         # project named `apex` on PyPI is another one.
         "gpu": ["transformer-engine[pytorch]>=2.9"],
-        # SGLang runs in its own environment (its pins differ); the trainer speaks HTTP to it.
-        "sglang": ["httpx"],
         "wandb": ["wandb"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "mypy", "ruff", "types-PyYAML"],
     },

@@ -19,6 +19,10 @@ stage() {
 stage "format" ruff format --check --quiet .
 stage "lint" ruff check --quiet .
 stage "types" mypy
+# Only the tests of rollouts talk to SGLang, and they fail where it is not installed.
+if [ -z "${MEGATRON_GSPO_SGLANG_PYTHON:-}" ] && { [ $# -eq 0 ] || [[ "$*" == *tests/rollout* ]]; }; then
+  stage "SGLang" bash tools/install_sglang_cpu.sh
+fi
 if [ $# -eq 0 ]; then
   set -- tests
 fi

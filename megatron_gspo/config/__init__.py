@@ -22,6 +22,7 @@ from megatron_gspo.config.schema import (
     RolloutSection,
     RoutingSection,
     Section,
+    SglangSection,
     TrainingSection,
     WarmstartSection,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "RolloutSection",
     "RoutingSection",
     "Section",
+    "SglangSection",
     "TrainingSection",
     "WarmstartSection",
     "check_recipe",

@@ -22,6 +22,7 @@ from megatron_gspo.config.yaml_text import Node, plain_scalar, read_yaml, write_
 from megatron_gspo.types import UserError
 
 COMMAND_LINE = "command line"
+PATH_FIELDS = ("model.path", "rollout.sglang.key_file", "rollout.sglang.python", "rollout.sglang.weights_dir")
 
 
 class Given(NamedTuple):
@@ -136,13 +137,15 @@ def _read_overrides(overrides: Sequence[str]) -> Layer:
 def _with_absolute_paths(layer: Layer, directory: Path) -> Layer:
     """The layer with its paths made absolute; a name in a data field stays, being a task's or a mistake."""
     resolved = dict(layer)
-    for field in ("model.path", "data.train", "data.eval"):
+    for field in (*PATH_FIELDS, "data.train", "data.eval"):
         value, where = layer.get(field, (None, ""))
         if not isinstance(value, str):
             continue
-        if field == "model.path" or (names_a_file(value) and not names_a_task(value)):
-            path = Path(value).expanduser() if value.startswith("~/") else Path(value)
-            resolved[field] = Given(str((directory / path).resolve()), where)
+        if field in PATH_FIELDS or (names_a_file(value) and not names_a_task(value)):
+            path = directory / (Path(value).expanduser() if value.startswith("~/") else Path(value))
+            # The python of a virtual environment is a link to the one it was made from, and is told apart by its place.
+            absolute = path.absolute() if field == "rollout.sglang.python" else path.resolve()
+            resolved[field] = Given(str(absolute), where)
     return resolved
 
 

@@ -49,10 +49,14 @@ class RolloutEngine(Protocol):
 
         `weights` yields every parameter once, whole, under the name it has in a Hugging Face checkpoint (each expert's
         matrices under the expert's own names). It is consumed as it comes, so neither side holds a second copy of the
-        model, and a tensor may be overwritten by its producer once the next one has been asked for. UserError when a
-        parameter is missing, unknown, given twice or of the wrong shape; the engine then refuses to generate until an
-        update succeeds, because it may hold parts of two policies.
+        model, and a tensor may be overwritten by its producer once the next one has been asked for. UserError or
+        TrainingFailedError when they cannot be used (a parameter is missing, unknown, given twice or of the wrong shape;
+        a server refuses them); the engine then refuses to generate until an update succeeds, because it may hold parts
+        of two policies.
         """
+
+    def take_counts(self) -> dict[str, float]:
+        """What happened since this was last asked, as counts by metric name; empty where nothing can happen."""
 
     def close(self) -> None:
         """Give back memory and processes. Closing twice is allowed; generating afterwards is a RuntimeError."""

@@ -118,6 +118,10 @@ class LocalEngine:
         groups = range(0, len(responses), responses_per_prompt)
         return [tuple(responses[start : start + responses_per_prompt]) for start in groups]
 
+    def take_counts(self) -> dict[str, float]:
+        """Nothing happens to this engine that is worth counting."""
+        return {}
+
     def close(self) -> None:
         """Free the model's memory."""
         self._model = None

@@ -21,8 +21,10 @@ from megatron_gspo.model.hf_weights import has_weights, initialize_weights, load
 from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.policy_loss import WideClipRangeWarning, resolve_objective
 from megatron_gspo.training.agreement import together
+from megatron_gspo.training.engines import open_rollouts
+from megatron_gspo.training.hand_over import hand_over_weights, verify_weights
 from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, build_trainable_policy
-from megatron_gspo.training.rollouts import Rollouts, hand_over_weights, load_tokenizer
+from megatron_gspo.training.rollouts import Rollouts, load_tokenizer
 from megatron_gspo.training.routing import RoutingControl
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,17 @@ class Run:
     rollouts: Rollouts | None  # on data leaders
     routing: RoutingControl | None  # None for a dense model
 
+    def hand_over_weights(self) -> int:
+        """Give the policy's weights to the rollout engines, and verify that where it is asked for. All ranks call this.
+
+        Returns:
+            Bytes of the weights.
+        """
+        num_bytes = hand_over_weights(self.policy.models, self.rollouts, self.policy.version)
+        if self.recipe.rollout.verify_weights:
+            verify_weights(self.policy.chunks, self.rollouts, self.recipe, self.tokenizer)
+        return num_bytes
+
     def close(self) -> None:
         """Stop what runs beside the trainer."""
         if self.rollouts is not None:
@@ -49,12 +62,11 @@ class Run:
 
 @dataclass
 class Inputs:
-    """What a run reads, and what it samples and scores with: everything that can be refused before a model is built."""
+    """What a run reads."""
 
     tokenizer: PreTrainedTokenizerBase
     prompts: PromptStream
     held_out: PromptStream | None
-    rollouts: Rollouts | None  # on data leaders
 
 
 def assemble(recipe: Recipe) -> Run:
@@ -65,6 +77,7 @@ def assemble(recipe: Recipe) -> Run:
     """
     recipe = with_clip_range(recipe)
     inputs = together(lambda: open_inputs(recipe))
+    rollouts = open_rollouts(recipe, inputs.tokenizer)
     models = build_models(recipe)
     run = Run(
         recipe=recipe,
@@ -73,15 +86,15 @@ def assemble(recipe: Recipe) -> Run:
         held_out=inputs.held_out,
         policy=build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe)),
         reference=frozen_copy(models, recipe) if recipe.objective.kl_coefficient > 0 else None,
-        rollouts=inputs.rollouts,
+        rollouts=rollouts,
         routing=RoutingControl(models, recipe) if models[0].config.num_moe_experts is not None else None,
     )
-    hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
+    run.hand_over_weights()
     return run
 
 
 def open_inputs(recipe: Recipe) -> Inputs:
-    """Open the run's data, reward and rollout engine. Needs no other rank.
+    """Open the run's data and tokenizer. Needs no other rank.
 
     Raises:
         UserError: one of them cannot be used.
@@ -94,7 +107,6 @@ def open_inputs(recipe: Recipe) -> Inputs:
         tokenizer=tokenizer,
         prompts=open_prompts(recipe.data.train, "train", recipe.data, tokenizer, max_prompt_tokens, recipe.seed),
         held_out=open_held_out(recipe, tokenizer),
-        rollouts=Rollouts.of(recipe, tokenizer) if parallel.is_data_leader() else None,
     )
 
 

@@ -14,7 +14,9 @@ from megatron_gspo.config import Recipe
 from megatron_gspo.data.prompts import PromptStream
 from megatron_gspo.training.agreement import together
 from megatron_gspo.training.assembly import build_models, open_inputs
-from megatron_gspo.training.rollouts import Rollouts, evaluation_settings, hand_over_weights
+from megatron_gspo.training.engines import open_rollouts
+from megatron_gspo.training.hand_over import hand_over_weights
+from megatron_gspo.training.rollouts import Rollouts, evaluation_settings
 from megatron_gspo.training.totals import Totals
 from megatron_gspo.types import UserError
 
@@ -64,12 +66,13 @@ def evaluate_checkpoint(recipe: Recipe) -> dict[str, float]:
         raise UserError("data.eval is not set; accepted: a .jsonl or .parquet file, or a task's name")
     inputs = together(lambda: open_inputs(recipe))
     assert inputs.held_out is not None, "data.eval is set"
+    rollouts = open_rollouts(recipe, inputs.tokenizer)
     try:
-        hand_over_weights(build_models(recipe), inputs.rollouts, version=0)
-        metrics = evaluate(recipe, inputs.held_out, inputs.rollouts)
+        hand_over_weights(build_models(recipe), rollouts, version=0)
+        metrics = evaluate(recipe, inputs.held_out, rollouts)
     finally:
-        if inputs.rollouts is not None:
-            inputs.rollouts.close()
+        if rollouts is not None:
+            rollouts.close()
     if parallel.is_main_rank():
         print(f"{recipe.model.path}, {recipe.evaluation.samples_per_prompt} samples a problem:")
         for name, value in sorted(metrics.items()):

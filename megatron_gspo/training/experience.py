@@ -11,8 +11,8 @@ advantages are computed where all of it is. Then the mini-batch's responses are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -36,6 +36,7 @@ class Experience:
     num_failed_rewards: int
     rollout_s: float
     reward_s: float
+    engine_counts: Mapping[str, float] = field(default_factory=dict)  # what happened to the engine, by metric name
 
     @classmethod
     def of(
@@ -46,6 +47,7 @@ class Experience:
         num_failed_rewards: int,
         rollout_s: float,
         reward_s: float,
+        engine_counts: Mapping[str, float] | None = None,
     ) -> Experience:
         """Share out what every rank sampled. A collective among data-parallel ranks.
 
@@ -60,6 +62,7 @@ class Experience:
             num_failed_rewards=num_failed_rewards,
             rollout_s=rollout_s,
             reward_s=reward_s,
+            engine_counts=engine_counts or {},
         )
 
     def routed_experts(self) -> dict[int, np.ndarray | None]:
@@ -99,6 +102,7 @@ def collect_experience(
             num_failed_rewards=scored.num_failed_rewards,
             rollout_s=scored.rollout_s,
             reward_s=scored.reward_s,
+            engine_counts=scored.engine_counts,
         )
     return parallel.broadcast_from_data_leader(experience)
 

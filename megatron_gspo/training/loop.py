@@ -33,7 +33,7 @@ from megatron_gspo.training.experience import Experience, collect_experience, pl
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.old_policy import baseline_log_probs
 from megatron_gspo.training.resume import FoundCheckpoint, find_checkpoint
-from megatron_gspo.training.rollouts import hand_over_weights, pad_token_id, training_settings
+from megatron_gspo.training.rollouts import pad_token_id, training_settings
 from megatron_gspo.training.step import MiniBatchLoss, update_policy
 from megatron_gspo.training.step_metrics import Stopwatch, record_experience, timings, with_reward_spread
 from megatron_gspo.training.stopping import StopRequest
@@ -71,7 +71,7 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from
     skipped = SkippedUpdates(recipe.training.max_skipped_updates)
     if found is not None:
         load_checkpoint(run, found.path, found.state, skipped)
-        hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
+        run.hand_over_weights()
     last = found.state.step if found is not None else 0
     directory = open_run_directory(recipe, output_dir, found) if parallel.is_main_rank() else None
     display = Display("step", recipe.training.steps, enabled=parallel.is_main_rank(), steps_before=last)
@@ -179,7 +179,7 @@ def learn(run: Run, experience: Experience, step: int, skipped: SkippedUpdates) 
         volatility.after_update(number)
     with clock.measure("weight_sync"):
         run.policy.version += 1
-        hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
+        weight_bytes = run.hand_over_weights()
     record_experience(experience, mini_batches, recipe.training.tokens_per_micro_batch, totals)
     combined = totals.over_ranks(measured_here=parallel.reports_metrics())
     routing_metrics, arrays = volatility.results()
@@ -190,6 +190,7 @@ def learn(run: Run, experience: Experience, step: int, skipped: SkippedUpdates) 
         | routing_metrics
         | {"updates/num_skipped": float(skipped.total), "data/num_too_long": float(run.prompts.num_too_long)}
         | timings(clock, experience, combined)
+        | {"throughput/weight_sync_gb_per_s": weight_bytes / 1e9 / clock.seconds["weight_sync"]}
     )
     return StepResult(metrics, arrays)
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 import json
 import time
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
-from megatron_gspo.model.hf_weights import export_hf_weights
-from megatron_gspo.model.policy import PolicyModel
-from megatron_gspo.platform import device
 from megatron_gspo.reward import RewardScorer, ScoringItem
 from megatron_gspo.rollout.engine import RolloutEngine
-from megatron_gspo.rollout.local import LocalEngine
 from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
 
 
@@ -38,6 +33,7 @@ class ScoredResponses:
     num_failed_rewards: int
     rollout_s: float
     reward_s: float
+    engine_counts: Mapping[str, float] = field(default_factory=dict)  # `RolloutEngine.take_counts`
 
 
 @dataclass
@@ -47,26 +43,6 @@ class Rollouts:
     engine: RolloutEngine
     scorer: RewardScorer
     tokenizer: PreTrainedTokenizerBase
-
-    @classmethod
-    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rollouts:
-        """The engine and reward that the recipe names; the engine's weights come with the first hand-over.
-
-        Raises:
-            UserError: there is no such reward, or the engine cannot be built.
-        """
-        if recipe.rollout.engine != "local":
-            raise UserError(
-                f"rollout.engine is {recipe.rollout.engine!r}, which this version cannot train with; accepted: 'local'"
-            )
-        engine = LocalEngine(
-            recipe.model.path,
-            dtype=getattr(torch, recipe.model.dtype),
-            device=device(),
-            max_concurrent_responses=recipe.rollout.max_concurrent_responses,
-            return_routed_experts=recipe.routing.replay == "r3",
-        )
-        return cls(engine, RewardScorer(recipe.reward.name, recipe.reward.timeout_s), tokenizer)
 
     def sample_and_score(
         self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
@@ -91,21 +67,13 @@ class Rollouts:
             num_failed_rewards=scored.num_failed,
             rollout_s=rolled_out - started,
             reward_s=time.perf_counter() - rolled_out,
+            engine_counts=self.engine.take_counts(),
         )
 
     def close(self) -> None:
         """Stop the engine and the reward's processes."""
         self.engine.close()
         self.scorer.close()
-
-
-def hand_over_weights(models: Sequence[PolicyModel], rollouts: Rollouts | None, version: int) -> None:
-    """Give the policy's weights to every rollout engine, as `version`. All ranks take part."""
-    weights = export_hf_weights(models)
-    if rollouts is not None:
-        rollouts.engine.update_weights(weights, version)
-    for _ in weights:
-        pass  # a tensor is gathered from the ranks that hold its parts, so ranks without an engine walk along
 
 
 def training_settings(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, step: int) -> SamplingSettings:

@@ -48,6 +48,8 @@ def record_experience(experience: Experience, mini_batches: list[MiniBatch], tok
             totals.add("response/truncated_fraction", response.finish_reason == "length", 1)
             totals.count("tokens", len(response.token_ids) + len(group.prompt.token_ids))
     totals.count("reward/num_failed", experience.num_failed_rewards)
+    for name, number in experience.engine_counts.items():
+        totals.count(name, number)
     for mini_batch in mini_batches:
         totals.add("packing/rank_token_imbalance", mini_batch.rank_token_imbalance, 1)
     for micro_batch in (micro_batch for mini_batch in mini_batches for micro_batch in mini_batch.micro_batches):

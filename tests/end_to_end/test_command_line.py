@@ -232,7 +232,7 @@ def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, tmp_
         (["rollout.responses_per_prompt=1"], r"rollout\.responses_per_prompt"),
         (["data.train=nowhere.jsonl"], r"data\.train.*nowhere\.jsonl"),
         (["reward.name=exat"], r"reward\.name.*exact"),
-        (["rollout.engine=sglang"], r"rollout\.engine.*'sglang'"),
+        (["rollout.engine=sglang"], r"model\.path: .*names no architectures, by which SGLang chooses"),
     ],
 )
 def test_a_mistake_in_the_recipe_is_one_clear_line_and_status_2(

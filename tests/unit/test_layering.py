@@ -68,3 +68,16 @@ def test_a_part_imports_only_what_lies_below_it(part: str):
 def test_every_part_of_the_package_has_its_place():
     parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert parts - set(ALLOWED) == {"__init__", "__main__", "cli"}
+
+
+def test_sglang_is_imported_by_its_launcher_alone():
+    """SGLang has an environment of its own, with other versions than the trainer's."""
+    importing = {
+        file.relative_to(PACKAGE).as_posix()
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        if name.partition(".")[0] == "sglang"
+    }
+    assert importing == {"rollout/sglang_launcher.py"}

@@ -66,10 +66,10 @@ def test_tiny_recipes_leave_the_clip_range_to_the_objective() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("tiny_")])
-def test_tiny_recipes_run_in_one_process(name: str) -> None:
+def test_tiny_recipes_run_in_one_process_and_only_that_of_sglang_beside_a_server(name: str) -> None:
     recipe = shipped(name)
     assert recipe.parallel.world_size == 1
-    assert recipe.rollout.engine == "local"
+    assert (recipe.rollout.engine == "local") is ("sglang" not in name)
 
 
 @pytest.mark.parametrize("override", ["parallel.tensor=2", "parallel.expert=2", "parallel.pipeline=2"])

@@ -1,0 +1,233 @@
+"""The rollout engine of SGLang servers: `engine.RolloutEngine` over HTTP.
+
+In: prompts, and the policy's weights. Out: responses as `engine.RolloutEngine` promises them. One process of a run, its
+first, starts the servers and sends the weights; it hands a `ServerConnection` to the others, and each drives prompts of
+its own. No response is ever taken that other weights than the current ones sampled: servers name the weights they
+answered with, and one that was started anew is given the current ones first.
+
+Sampling is not repeatable here: what a server batches together, and so the last bits of its sums, depends on when
+requests arrive.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_gspo.config import Recipe
+from megatron_gspo.rollout.sglang_client import Endpoint, SglangClient
+from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
+from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION, RoutesShape, dense_layers
+from megatron_gspo.rollout.sglang_server import ServerModel, SglangServers, read_key
+from megatron_gspo.rollout.weight_sync import DiskWeightSync
+from megatron_gspo.types import Prompt, Response, SamplingSettings, TrainingFailedError, UserError
+
+
+@dataclass(frozen=True)
+class ServerConnection:
+    """What a process needs to speak to a run's servers. It holds the key: not for logs, files or command lines."""
+
+    urls: tuple[str, ...]
+    key: str
+    run_id: str
+    weights_dir: Path
+
+    def __repr__(self) -> str:
+        return f"ServerConnection(urls={self.urls}, run_id={self.run_id})"
+
+
+class ServerHost:
+    """What the run's first process owns: servers it started, and the directory of weights."""
+
+    def __init__(self, recipe: Recipe, *, on_cpu: bool) -> None:
+        """Start servers, or connect to those the recipe names.
+
+        Raises:
+            UserError: SGLang is not installed, servers do not come up or do not answer, or the key is wrong.
+        """
+        section = recipe.rollout.sglang
+        require_servable(recipe)
+        self._directory = tempfile.TemporaryDirectory(prefix="megatron_gspo_sglang_")  # mode 0700
+        private = Path(self._directory.name)
+        self.servers: SglangServers | None = None
+        if section.urls is None:
+            model = ServerModel(
+                path=recipe.model.path,
+                dtype=recipe.model.dtype,
+                on_cpu=on_cpu,
+                return_routed_experts=recipe.routing.replay == "r3",
+            )
+            self.servers = SglangServers(section, model, private)
+            self.servers.start()
+            urls, key = self.servers.urls, self.servers.key
+        else:
+            assert section.key_file is not None, "the recipe's check holds this"
+            urls, key = section.server_urls(), read_key(section.key_file)
+        weights_dir = section.weights_dir or private / "weights"
+        self.connection = ServerConnection(tuple(urls), key, secrets.token_hex(8), weights_dir)
+
+    def close(self) -> None:
+        """End the servers that were started, and delete the weights. Closing twice is allowed."""
+        if self.servers is not None:
+            self.servers.close()
+        DiskWeightSync(self.connection.weights_dir, self.connection.run_id).forget_all()
+        self._directory.cleanup()
+
+
+class SglangEngine:
+    """Samples from SGLang servers."""
+
+    def __init__(
+        self, recipe: Recipe, connection: ServerConnection, *, host: ServerHost | None = None, num_clients: int = 1
+    ) -> None:
+        """Connect to servers, and see that they are what the run needs.
+
+        Args:
+            recipe: its `rollout` and `routing` sections, and the model's config.json.
+            connection: to the servers.
+            host: on the process that owns them and sends the weights; None on the others.
+            num_clients: processes of the run that drive prompts, which share what a server samples at one time.
+
+        Raises:
+            UserError: a server does not answer, does not take the key, or does not return the routes the run replays.
+        """
+        section = recipe.rollout.sglang
+        self._host = host
+        self._sync = DiskWeightSync(connection.weights_dir, connection.run_id)
+        self._http = SglangHttp(connection.key, section.request_timeout_s)
+        replays = recipe.routing.replay == "r3"
+        self._client = SglangClient(
+            self._http,
+            connection.urls,
+            self._sync,
+            requests_per_server=max(1, section.max_requests_in_flight // num_clients),
+            outage_timeout_s=section.outage_timeout_s,
+            routes=RoutesShape.of(_read_config(recipe.model.path)) if replays else None,
+        )
+        self._version: int | None = None
+        self._closed = False
+        self._http.run(self._look_at_servers(return_routed_experts=replays))
+
+    @property
+    def weight_version(self) -> int:
+        """See `RolloutEngine.weight_version`."""
+        if self._version is None or self._closed:
+            raise RuntimeError("the rollout engine has no weights: no update has succeeded yet, or it is closed")
+        return self._version
+
+    def generate(
+        self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
+    ) -> list[tuple[Response, ...]]:
+        """See `RolloutEngine.generate`, and `SglangClient.generate` for what else is raised."""
+        version = self.weight_version
+        return self._http.run(self._client.generate(prompts, responses_per_prompt, settings, version))
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See `RolloutEngine.update_weights`. Where another process owns the servers, `weights` is left alone.
+
+        Returns on the owner when every server that answers computes with them; the others may sample after that.
+
+        Raises:
+            TrainingFailedError: the weights cannot be written, or a server refuses them.
+        """
+        self._version = None
+        if self._host is not None:
+            self._sync.publish(weights, version)
+            self._http.run(self._client.send_weights(version))
+            self._sync.forget_before(version)
+        self._version = version
+
+    def verify_weights(self, token_ids: Sequence[int], log_probs: torch.Tensor, tolerance: float) -> None:
+        """Compare what each server in use computes for a sequence with the trainer's log-probs; on their owner alone.
+
+        Args:
+            token_ids: the sequence.
+            log_probs: [tokens - 1], of all tokens but the first, at temperature 1.
+            tolerance: the largest difference allowed.
+
+        Raises:
+            TrainingFailedError: a server's differ by more: it does not compute with the weights it was sent.
+        """
+        for endpoint in self._client.endpoints if self._host is not None else ():
+            if endpoint.is_out:
+                continue
+            try:
+                found = self._http.run(self._client.sequence_log_probs(endpoint, token_ids))
+            except ServerFaultError as fault:
+                self._client.take_out(endpoint, str(fault))
+                continue
+            difference = float((torch.tensor(found) - log_probs.cpu().float()).abs().max())
+            if not difference <= tolerance:
+                raise TrainingFailedError(
+                    f"rollout.verify_weights: with weights version {self._version} the log-probs of {endpoint.url} differ "
+                    f"from the trainer's by {difference:.2g}, more than {tolerance:g}"
+                )
+
+    def take_counts(self) -> dict[str, float]:
+        """See `RolloutEngine.take_counts`: retries, stale responses, re-synchronisations, and servers started again."""
+        names = ("rollout/num_retries", "rollout/num_stale_responses", "rollout/num_resyncs")
+        counts = {name: float(self._client.counts[name]) for name in names}
+        self._client.counts.clear()
+        restarts = self._host.servers.take_restarts() if self._host is not None and self._host.servers else 0
+        return counts | {"rollout/num_restarts": float(restarts)}
+
+    def close(self) -> None:
+        """See `RolloutEngine.close`."""
+        self._closed = True
+        if self._host is not None:
+            self._host.close()
+
+    async def _look_at_servers(self, *, return_routed_experts: bool) -> None:
+        for endpoint in self._client.endpoints:
+            await self._look_at(endpoint, return_routed_experts=return_routed_experts)
+
+    async def _look_at(self, endpoint: Endpoint, *, return_routed_experts: bool) -> None:
+        try:
+            info = await self._http.ask(endpoint.url, "/server_info")
+        except ServerFaultError as fault:
+            raise UserError(f"rollout.sglang.urls: an SGLang server does not answer: {fault}") from fault
+        endpoint.sglang_version = str(info.get("version")) if isinstance(info, dict) else "(unknown)"
+        if endpoint.sglang_version != SUPPORTED_VERSION:
+            raise UserError(
+                f"rollout.sglang: the server at {endpoint.url} is SGLang {endpoint.sglang_version}; accepted: "
+                f"{SUPPORTED_VERSION}, whose answers this version reads"
+            )
+        if return_routed_experts and not info.get("enable_return_routed_experts"):
+            raise UserError(
+                f"routing.replay: r3 replays the servers' routes, and the server at {endpoint.url} was started without "
+                "--enable-return-routed-experts"
+            )
+
+
+def require_servable(recipe: Recipe) -> None:
+    """Refuse a model that SGLang would not serve, or would serve as another one.
+
+    Raises:
+        UserError: its config.json names no architecture, or dense layers among MoE layers.
+    """
+    config = _read_config(recipe.model.path)
+    if not config.get("architectures"):
+        expected = {"qwen3": "Qwen3ForCausalLM"}.get(str(config.get("model_type")), "Qwen3MoeForCausalLM")
+        raise UserError(
+            f"model.path: {recipe.model.path}/config.json names no architectures, by which SGLang chooses its model; "
+            f'accepted: "architectures": ["{expected}"]'
+        )
+    if config.get("model_type") == "qwen3_moe" and (dense := dense_layers(config)):
+        raise UserError(
+            f"model.path: {recipe.model.path}/config.json makes layers {dense} dense (mlp_only_layers, decoder_sparse_step), "
+            f"and SGLang {SUPPORTED_VERSION} gives every layer of a qwen3_moe model experts; accepted under "
+            "rollout.engine: sglang is a model of MoE layers alone"
+        )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = json.loads((path / "config.json").read_text())
+    assert isinstance(config, dict), "the recipe's check holds this"
+    return config

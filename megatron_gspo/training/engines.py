@@ -1,0 +1,70 @@
+"""Builds the rollout engine that a recipe names.
+
+In: the recipe, on every rank. Out: on data leaders a `Rollouts`, whose engine gets its weights with the first hand-over.
+Of SGLang servers the first rank is the owner: it starts them, or takes those that run, and tells the others how to reach
+them through the ranks' own process group.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from megatron_gspo import parallel
+from megatron_gspo.config import Recipe
+from megatron_gspo.platform import device
+from megatron_gspo.reward import RewardScorer
+from megatron_gspo.rollout.engine import RolloutEngine
+from megatron_gspo.rollout.local import LocalEngine
+from megatron_gspo.training.agreement import on_main_rank, together
+from megatron_gspo.training.rollouts import Rollouts
+
+
+def open_rollouts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rollouts | None:
+    """The engine and reward that the recipe names, on data leaders. Every rank calls this.
+
+    Raises:
+        UserError: there is no such reward, or the engine cannot be built; on every rank.
+    """
+    is_leader = parallel.is_data_leader()
+    scorer = together(lambda: RewardScorer(recipe.reward.name, recipe.reward.timeout_s) if is_leader else None)
+    engine = _sglang_engine(recipe) if recipe.rollout.engine == "sglang" else together(lambda: _local_engine(recipe))
+    if engine is None:
+        return None
+    assert scorer is not None, "data leaders have a reward and an engine"
+    return Rollouts(engine, scorer, tokenizer)
+
+
+def _local_engine(recipe: Recipe) -> RolloutEngine | None:
+    if not parallel.is_data_leader():
+        return None
+    return LocalEngine(
+        recipe.model.path,
+        dtype=getattr(torch, recipe.model.dtype),
+        device=device(),
+        max_concurrent_responses=recipe.rollout.max_concurrent_responses,
+        return_routed_experts=recipe.routing.replay == "r3",
+    )
+
+
+def _sglang_engine(recipe: Recipe) -> RolloutEngine | None:
+    # Imported here: a run of the local engine does not need httpx, or to know of servers.
+    from megatron_gspo.rollout.sglang import ServerConnection, ServerHost, SglangEngine
+
+    host: ServerHost | None = None
+
+    def start() -> ServerConnection:
+        nonlocal host
+        host = ServerHost(recipe, on_cpu=device().type == "cpu")
+        return host.connection
+
+    connection = on_main_rank(start)
+    is_leader, num_clients = parallel.is_data_leader(), parallel.data_size()
+    try:
+        return together(
+            lambda: SglangEngine(recipe, connection, host=host, num_clients=num_clients) if is_leader else None
+        )
+    except BaseException:
+        if host is not None:
+            host.close()
+        raise

@@ -1,0 +1,64 @@
+"""Weights by way of a directory: whole or invisible, in files of a bounded size, and gone when they are old."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_gspo.rollout.weight_sync import DiskWeightSync
+from megatron_gspo.types import TrainingFailedError
+
+
+def weights(count: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that are overwritten once the next is asked for, as an exporter's are; some are not contiguous."""
+    shared = torch.empty(4, 3)
+    for number in range(count):
+        shared.fill_(number)
+        yield f"layer.{number}", shared.T if number % 2 else shared
+
+
+def test_what_is_published_is_what_was_given_whatever_the_files_size(tmp_path: Path):
+    sync = DiskWeightSync(tmp_path, "run", shard_bytes=100)
+    sync.publish(weights(), version=3)
+    files = sorted((tmp_path / "run.3").iterdir())
+    assert len(files) == 3
+    assert all(file.name.endswith(".safetensors") for file in files)
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert sorted(found) == [f"layer.{number}" for number in range(5)]
+    for number, tensor in enumerate(found[f"layer.{number}"] for number in range(5)):
+        assert tensor.shape == ((3, 4) if number % 2 else (4, 3))
+        assert (tensor == number).all()
+
+
+def test_weights_that_are_broken_off_are_never_seen(tmp_path: Path):
+    sync = DiskWeightSync(tmp_path, "run", shard_bytes=100)
+
+    def broken_off() -> Iterator[tuple[str, torch.Tensor]]:
+        yield from weights()
+        raise OSError("no space left")
+
+    with pytest.raises(TrainingFailedError, match=r"weights version 1 cannot be written to .*: no space left"):
+        sync.publish(broken_off(), version=1)
+    assert list(tmp_path.iterdir()) == []
+    sync.publish(weights(), version=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.1"]
+
+
+def test_older_weights_of_the_run_are_deleted_and_no_others(tmp_path: Path):
+    sync, another = DiskWeightSync(tmp_path, "run"), DiskWeightSync(tmp_path, "another")
+    for version in (8, 9, 10):
+        sync.publish(weights(), version)
+        another.publish(weights(), version)
+    sync.forget_before(10)
+    another.forget_all()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.10"]
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingFailedError, match=r"weights version 1 cannot be written to .*file"):
+        DiskWeightSync(tmp_path / "file", "run").publish(weights(), version=1)
