@@ -301,13 +301,28 @@ def test_doctor_says_that_training_can_run_here(program: Program):
     assert "Training can run here" in done.stdout
 
 
-def test_help_answers_without_importing_torch():
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (["--help"], 0, "warmstart"),
+        (["train", "{recipe}", "--output-dir", "{run}", "objective.clip_hihg=0.1"], 2, "clip_high"),
+        (["train", "{recipe}", "--output-dir", "{run}", "data.train=nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["warmstart", "{recipe}", "--output-dir", "{run}", "reward.name=exat"], 2, "exact"),
+    ],
+    ids=["help", "unknown field", "missing data", "unknown reward"],
+)
+def test_what_needs_no_rank_is_answered_without_importing_torch(
+    arguments: list[str], status: int, expected: str, recipe: Path, tmp_path: Path
+):
+    given = [argument.format(recipe=recipe, run=tmp_path / "run") for argument in arguments]
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "megatron_gspo", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "megatron_gspo", *given],
         check=False,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0
-    assert "warmstart" in done.stdout
-    assert not re.search(r"\|\s+(torch|transformers|numpy|pydantic)$", done.stderr, re.MULTILINE)
+    assert done.returncode == status
+    assert expected in done.stdout + done.stderr
+    assert not re.search(r"\|\s+(torch|transformers)$", done.stderr, re.MULTILINE)
+    if status == 0:
+        assert not re.search(r"\|\s+(numpy|pydantic)$", done.stderr, re.MULTILINE)
