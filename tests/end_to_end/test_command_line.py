@@ -305,9 +305,9 @@ def test_doctor_says_that_training_can_run_here(program: Program):
     ("arguments", "status", "expected"),
     [
         (["--help"], 0, "warmstart"),
-        (["train", "{recipe}", "--output-dir", "{run}", "objective.clip_hihg=0.1"], 2, "clip_high"),
-        (["train", "{recipe}", "--output-dir", "{run}", "data.train=nowhere.jsonl"], 2, "nowhere.jsonl"),
-        (["warmstart", "{recipe}", "--output-dir", "{run}", "reward.name=exat"], 2, "exact"),
+        (["train", "{recipe}", "objective.clip_hihg=0.1", "--output-dir", "{run}"], 2, "clip_high"),
+        (["train", "{recipe}", "data.train=nowhere.jsonl", "--output-dir", "{run}"], 2, "which is not a file"),
+        (["warmstart", "{recipe}", "reward.name=exat", "--output-dir", "{run}"], 2, "did you mean 'exact'"),
     ],
     ids=["help", "unknown field", "missing data", "unknown reward"],
 )
