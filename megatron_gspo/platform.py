@@ -19,7 +19,7 @@ import importlib.util
 import os
 import queue
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,16 +79,17 @@ def prepare_megatron() -> None:
     """Make `megatron.core` usable on this machine. Call it before anything imports `megatron.core`; again is harmless."""
     # tensor_parallel/layers.py: overlapping communication with sequence parallelism relies on one hardware queue.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if not detect_machine().has_cuda:
+    has_cuda = detect_machine().has_cuda
+    if not has_cuda:
         _stand_in_for_cuda()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.nullcontext() if has_cuda else _nothing_compiled():
         # Megatron says at every import that Apex is missing; `doctor` says it once.
         warnings.filterwarnings("ignore", message=".*Apex is not installed.*")
         warnings.filterwarnings("ignore", message=".*Transformer Engine and Apex are not installed.*")
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     if detect_machine().transformer_engine is None:
         _stand_in_for_transformer_engine()
-    if not detect_machine().has_cuda:
+    if not has_cuda:
         _patch_modules_that_name_cuda()
 
 
@@ -167,6 +168,22 @@ def _stand_in_for_cuda() -> None:
     torch.Tensor.cuda = lambda self, *args, **options: self  # type: ignore[method-assign]
     # optimizer.py, distrib_optimizer.py, clip_grads.py: compare `.type()` with 'torch.cuda.FloatTensor' and its like
     torch.Tensor.type = _type_as_on_cuda(torch.Tensor.type)  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """A block in which `torch.compile` gives a function back as it is.
+
+    jit.py decorates functions with it where they are defined, to fuse kernels of a GPU; that alone imports torch's
+    compilers, a fifth of what a rank's start costs. The setting of its own, `disable_jit_fuser`, comes too late: whatever
+    of `megatron.core` is imported first imports all of it.
+    """
+    compiler = torch.compile
+    torch.compile = lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 def _type_as_on_cuda(tensor_type: Callable[..., Any]) -> Callable[..., Any]:

@@ -159,6 +159,13 @@ def refuse_used_directory(path: Path) -> None:
     make_writable_directory(path)
 
 
+def refuse_used_checkpoint(path: Path) -> None:
+    """Raise `UserError` where `path` holds something already, or cannot be written."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--output-dir: {path} exists already; name a new directory, or remove it")
+    make_writable_directory(path)
+
+
 def make_writable_directory(path: Path) -> None:
     """Make a directory, with its parents, and see that files can be made in it.
 

@@ -20,7 +20,7 @@ from megatron_gspo.config import Recipe, require_data_files
 from megatron_gspo.data.demonstrations import open_demonstrations
 from megatron_gspo.model.hf_weights import save_hf_checkpoint
 from megatron_gspo.model.policy import TokenLogProbs
-from megatron_gspo.report.metrics import make_writable_directory
+from megatron_gspo.report.metrics import refuse_used_checkpoint
 from megatron_gspo.training.agreement import on_main_rank
 from megatron_gspo.training.assembly import build_models
 from megatron_gspo.training.display import Display
@@ -30,7 +30,7 @@ from megatron_gspo.training.guards import SkippedUpdates, problem_of_any_rank
 from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, build_trainable_policy
 from megatron_gspo.training.rollouts import load_tokenizer, pad_token_id
 from megatron_gspo.training.totals import Totals
-from megatron_gspo.types import MicroBatch, UserError
+from megatron_gspo.types import MicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +83,6 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
     finally:
         display.stop()
     save_hf_checkpoint(policy.models, output_dir, recipe.model.path)
-
-
-def refuse_used_checkpoint(path: Path) -> None:
-    """Raise `UserError` where `path` holds something already, or cannot be written."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"--output-dir: {path} exists already; name a new directory, or remove it")
-    make_writable_directory(path)
 
 
 def supervised_step(

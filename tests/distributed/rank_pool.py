@@ -10,9 +10,11 @@ ended after printing where they stand.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
@@ -98,17 +100,25 @@ def _free_port() -> int:
 
 def fork_ranks(directory: Path) -> None:
     """The forking process: a task a line in, a line out: which ranks failed and how, as JSON."""
-    importlib.import_module("megatron_gspo.parallel")
-    importlib.import_module("megatron_gspo.model.build")
     faulthandler.enable()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     context = multiprocessing.get_context("fork")
     for line in sys.stdin:
         task = json.loads(line)
+        _import_once(task["function"].partition(":")[0])
         ranks = [context.Process(target=_be_rank, args=(rank, task, directory)) for rank in range(task["num_ranks"])]
         for process in ranks:
             process.start()
         answers.write(json.dumps(_problems(ranks, task["timeout_s"])) + "\n")
+
+
+def _import_once(module: str) -> None:
+    """Import what a task runs before its ranks are forked, so that none of them does."""
+    gc.disable()
+    importlib.import_module("megatron_gspo.model.build")
+    importlib.import_module(module)
+    gc.freeze()  # or the first collection of every rank would copy all that was imported
+    gc.enable()
 
 
 def _be_rank(rank: int, task: dict[str, Any], directory: Path) -> None:
@@ -136,11 +146,12 @@ def _be_rank(rank: int, task: dict[str, Any], directory: Path) -> None:
 def _problems(ranks: list[BaseProcess], timeout_s: float) -> dict[int, str]:
     """Wait for the ranks; what went wrong with those to blame. None of them runs any more afterwards."""
     deadline = time.monotonic() + timeout_s
-    while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
+    while alive := [process.sentinel for process in ranks if process.is_alive()]:
         if any(process.exitcode for process in ranks):
             # The others wait for the failed one; they are not to blame.
             deadline = min(deadline, time.monotonic() + GRACE_S)
-        time.sleep(0.002)
+        if not multiprocessing.connection.wait(alive, timeout=max(0.0, deadline - time.monotonic())):
+            break
     problems = {rank: "failed" for rank, process in enumerate(ranks) if process.exitcode}
     late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for rank in late:

@@ -1,4 +1,7 @@
-"""The program as a person runs it: whole runs of a tiny policy, and one clear line for every mistake."""
+"""The program as a person runs it: whole runs of a tiny policy, and one clear line for every mistake.
+
+What the start itself may change (a first run, a launched one, a refusal) is started anew; all others are forked.
+"""
 
 import json
 import os
@@ -12,6 +15,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.end_to_end.program import Program
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
 # What every run reports; a reference policy adds loss/kl, and R3 routing/engine_disagreement.
@@ -68,13 +72,14 @@ PROBLEMS = [
 ]
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Start the program as a person does."""
     return subprocess.run(
         [sys.executable, "-m", "megatron_gspo", *map(str, arguments)],
         check=False,
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=900,
     )
 
@@ -98,9 +103,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cold_start(recipe: Path) -> Path:
+def cold_start(recipe: Path, program: Program) -> Path:
     directory = recipe.parent / "cold_start"
-    done = run("warmstart", recipe, "--output-dir", directory)
+    done = program.run("warmstart", recipe, "--output-dir", directory)
     assert done.returncode == 0, done.stderr
     assert "cold start 3/3" in done.stdout
     return directory
@@ -161,10 +166,10 @@ def test_engine_and_trainer_agree_to_round_off_at_equal_weights(finished: Path):
         assert 0 < line["mismatch/sequence_log_std"] < line["mismatch/token_log_std"] < 1e-5
 
 
-def test_the_recipe_that_ran_is_written_resolved_and_runs_again(finished: Path, tmp_path: Path):
+def test_the_recipe_that_ran_is_written_resolved_and_runs_again(finished: Path, program: Program, tmp_path: Path):
     resolved = yaml.safe_load((finished / "recipe.yaml").read_text())
     assert (resolved["objective"]["clip_low"], resolved["objective"]["clip_high"]) == (3e-4, 4e-4)
-    again = run("train", finished / "recipe.yaml", "--output-dir", tmp_path / "again")
+    again = program.run("train", finished / "recipe.yaml", "--output-dir", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     timeless = [
         {name: value for name, value in line.items() if not name.startswith(("time/", "throughput/", "memory/"))}
@@ -174,8 +179,8 @@ def test_the_recipe_that_ran_is_written_resolved_and_runs_again(finished: Path, 
     assert timeless[: len(timeless) // 2] == timeless[len(timeless) // 2 :]
 
 
-def test_the_trained_policy_is_a_checkpoint_that_evaluates(finished: Path):
-    done = run("evaluate", finished / "recipe.yaml", "--checkpoint", finished / "checkpoints" / "hf_step_2")
+def test_the_trained_policy_is_a_checkpoint_that_evaluates(finished: Path, program: Program):
+    done = program.run("evaluate", finished / "recipe.yaml", "--checkpoint", finished / "checkpoints" / "hf_step_2")
     assert done.returncode == 0, done.stderr
     measured = re.search(r"eval/arithmetic_chain/pass_at_1: ([\d.]+)", done.stdout)
     assert measured is not None
@@ -191,29 +196,35 @@ def test_two_tensor_parallel_ranks_do_the_run_of_one(recipe: Path, cold_start: P
                 assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
 
-def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(recipe: Path, cold_start: Path, tmp_path: Path):
+def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(
+    recipe: Path, cold_start: Path, program: Program, tmp_path: Path
+):
     options = ["parallel.expert=2", "objective.name=grpo", "objective.kl_coefficient=0.01"]
-    done = run("train", recipe, f"model.path={cold_start}", *options, "--output-dir", tmp_path / "run")
+    done = program.run(
+        "train", recipe, f"model.path={cold_start}", *options, "--output-dir", tmp_path / "run", num_ranks=2
+    )
     assert done.returncode == 0, done.stderr
     first, second = lines_of(tmp_path / "run")[1:]
     assert first["loss/kl"] >= 0
     assert second["loss/kl"] > 0
 
 
-def test_the_engines_own_likelihoods_serve_as_the_old_policy(recipe: Path, cold_start: Path, tmp_path: Path):
+def test_the_engines_own_likelihoods_serve_as_the_old_policy(
+    recipe: Path, cold_start: Path, program: Program, tmp_path: Path
+):
     options = [f"model.path={cold_start}", "rollout.old_log_probs=engine"]
-    done = run("train", recipe, *options, "--output-dir", tmp_path / "run")
+    done = program.run("train", recipe, *options, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for line in lines_of(tmp_path / "run")[1:]:
         assert 0 < line["mismatch/log_prob_abs_mean"] < 1e-5
         assert line["ratio/token_abs_log_max"] > 0
 
 
-def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, tmp_path: Path):
+def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, program: Program, tmp_path: Path):
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
     options = [f"data.train={problems}", f"data.eval={problems}", "training.prompts_per_step=2", "reward.name=task"]
-    done = run("train", recipe, *options, "--output-dir", tmp_path / "run")
+    done = program.run("train", recipe, *options, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "the policy starts from random ones" in done.stderr
     for line in lines_of(tmp_path / "run")[1:]:
@@ -236,9 +247,9 @@ def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, tmp_
     ],
 )
 def test_a_mistake_in_the_recipe_is_one_clear_line_and_status_2(
-    arguments: list[str], expected: str, recipe: Path, tmp_path: Path
+    arguments: list[str], expected: str, recipe: Path, program: Program, tmp_path: Path
 ):
-    done = run("train", recipe, *arguments, "--output-dir", tmp_path / "run")
+    done = program.run("train", recipe, *arguments, "--output-dir", tmp_path / "run")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert re.search(expected, done.stderr), done.stderr
@@ -246,22 +257,26 @@ def test_a_mistake_in_the_recipe_is_one_clear_line_and_status_2(
 
 
 @pytest.mark.parametrize(("name", "fraction"), [("tiny_grpo_r2", 1.0), ("tiny_grpo_r3", 1.0), ("tiny_grpo", 0.0)])
-def test_the_shipped_recipes_replay_and_measure_above_the_noise_floor(name: str, fraction: float, tmp_path: Path):
+def test_the_shipped_recipes_replay_and_measure_above_the_noise_floor(
+    name: str, fraction: float, program: Program, tmp_path: Path
+):
     options = ["reward.name=tests.end_to_end.graded_reward:share_of_odd_characters", "training.steps=2"]
     options += ["training.prompts_per_step=4", "evaluation.prompts=1", "training.learning_rate=0.003"]
-    done = run("train", RECIPES / f"{name}.yaml", *options, "--output-dir", tmp_path / "run")
+    done = program.run("train", RECIPES / f"{name}.yaml", *options, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for line in lines_of(tmp_path / "run")[1:]:
         assert line["routing/replayed_token_fraction"] == fraction
         assert line["routing/change_rate"] > line["routing/noise_floor"]
 
 
-def test_weights_that_are_not_finite_end_the_run_in_one_line(recipe: Path, cold_start: Path, tmp_path: Path):
+def test_weights_that_are_not_finite_end_the_run_in_one_line(
+    recipe: Path, cold_start: Path, program: Program, tmp_path: Path
+):
     shutil.copytree(cold_start, tmp_path / "broken")
     weights = load_file(tmp_path / "broken" / "model.safetensors")
     weights["model.layers.0.mlp.gate.weight"][0, 0] = float("nan")
     save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
-    done = run("train", recipe, f"model.path={tmp_path / 'broken'}", "--output-dir", tmp_path / "run")
+    done = program.run("train", recipe, f"model.path={tmp_path / 'broken'}", "--output-dir", tmp_path / "run")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "logits are not finite" in done.stderr
@@ -284,28 +299,43 @@ def test_a_run_is_never_written_over_another(recipe: Path, finished: Path):
     assert (finished / "metrics.jsonl").read_text() == before
 
 
-def test_a_broken_line_of_data_is_named_by_file_and_line(recipe: Path, tmp_path: Path):
+def test_a_broken_line_of_data_is_named_by_file_and_line(recipe: Path, program: Program, tmp_path: Path):
     problems = tmp_path / "problems.jsonl"
     problems.write_text(json.dumps(PROBLEMS[0]) + "\n{'question': broken\n")
-    done = run("train", recipe, f"data.train={problems}", "--output-dir", tmp_path / "run")
+    done = program.run("train", recipe, f"data.train={problems}", "--output-dir", tmp_path / "run")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert re.search(r"problems\.jsonl.*\b2\b", done.stderr), done.stderr
 
 
-def test_doctor_says_that_training_can_run_here():
-    done = run("doctor")
+def test_doctor_says_that_training_can_run_here(program: Program):
+    done = program.run("doctor")
     assert done.returncode == 0, done.stderr
     assert "Training can run here" in done.stdout
 
 
-def test_help_answers_without_importing_torch():
+@pytest.mark.parametrize(
+    ("arguments", "status", "expected"),
+    [
+        (["--help"], 0, "warmstart"),
+        (["train", "{recipe}", "objective.clip_hihg=0.1", "--output-dir", "{run}"], 2, "clip_high"),
+        (["train", "{recipe}", "data.train=nowhere.jsonl", "--output-dir", "{run}"], 2, "which is not a file"),
+        (["warmstart", "{recipe}", "reward.name=exat", "--output-dir", "{run}"], 2, "did you mean 'exact'"),
+    ],
+    ids=["help", "unknown field", "missing data", "unknown reward"],
+)
+def test_what_needs_no_rank_is_answered_without_importing_torch(
+    arguments: list[str], status: int, expected: str, recipe: Path, tmp_path: Path
+):
+    given = [argument.format(recipe=recipe, run=tmp_path / "run") for argument in arguments]
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "megatron_gspo", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "megatron_gspo", *given],
         check=False,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0
-    assert "warmstart" in done.stdout
-    assert not re.search(r"\|\s+(torch|transformers|numpy|pydantic)$", done.stderr, re.MULTILINE)
+    assert done.returncode == status
+    assert expected in done.stdout + done.stderr
+    assert not re.search(r"\|\s+(torch|transformers)$", done.stderr, re.MULTILINE)
+    if status == 0:
+        assert not re.search(r"\|\s+(numpy|pydantic)$", done.stderr, re.MULTILINE)

@@ -1,4 +1,7 @@
-"""A run that is stopped, killed or damaged, and gone on with: nothing is lost and nothing is computed differently."""
+"""A run that is stopped, killed or damaged, and gone on with: nothing is lost and nothing is computed differently.
+
+What the program's launcher does with its ranks is tested on ranks that it started; all other runs are forked.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pytest
 import torch
 
 from megatron_gspo.training.checkpoint_store import damaged_files
+from tests.end_to_end.program import Program
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
 UNTIMED = ("time/", "throughput/", "memory/")
@@ -29,20 +34,14 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: object) -> tuple[int, str, str]:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=900)
-    return process.returncode, out, err
-
-
 def lines_of(directory: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(UNTIMED)} for line in lines]
 
 
-def wait_for_step(directory: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(directory: Path, step: int, has_ended: Callable[[], bool]) -> None:
     while not (directory / "metrics.jsonl").exists() or len(lines_of_so_far(directory)) <= step:
-        assert process.poll() is None, process.communicate()
+        assert not has_ended()
         time.sleep(0.02)
 
 
@@ -79,22 +78,23 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(recipe: Path) -> Path:
+def uninterrupted(recipe: Path, program: Program) -> Path:
     directory = recipe.parent / "uninterrupted"
-    status, _, err = run("train", recipe, "--output-dir", directory)
-    assert status == 0, err
+    done = program.run("train", recipe, "--output-dir", directory, num_ranks=2)
+    assert done.returncode == 0, done.stderr
     return directory
 
 
-def test_six_steps_equal_three_steps_a_kill_and_three_more(recipe: Path, uninterrupted: Path, tmp_path: Path):
+def test_six_steps_equal_three_steps_a_kill_and_three_more(
+    recipe: Path, uninterrupted: Path, program: Program, tmp_path: Path
+):
     directory = tmp_path / "run"
-    process = start("train", recipe, "--output-dir", directory)
-    wait_for_step(directory, 4, process)  # past the checkpoint of step 3: step 4 is made again
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    status, _, err = run("train", directory / "recipe.yaml", "--output-dir", directory, "--resume")
-    assert status == 0, err
-    assert f"going on from {directory}/checkpoints/step_3, after step 3 of 6" in err
+    killed = program.start("train", recipe, "--output-dir", directory, num_ranks=2)
+    wait_for_step(directory, 4, killed.has_ended)  # past the checkpoint of step 3: step 4 is made again
+    killed.kill()
+    done = program.run("train", directory / "recipe.yaml", "--output-dir", directory, "--resume", num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from {directory}/checkpoints/step_3, after step 3 of 6" in done.stderr
     assert lines_of(directory) == lines_of(uninterrupted)
     assert any(line["grad_norm"] > 0 for line in lines_of(directory)[1:])
     same_state(uninterrupted / "checkpoints" / "step_6", directory / "checkpoints" / "step_6")
@@ -110,18 +110,18 @@ def test_a_checkpoint_is_whole_and_readable_without_the_run(uninterrupted: Path)
     assert torch.load(checkpoints / "step_6" / "random.pt", weights_only=True)[1]["torch"].dtype == torch.uint8
 
 
-def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_offered(uninterrupted: Path):
+def test_a_flipped_byte_is_named_and_the_checkpoint_before_it_offered(uninterrupted: Path, program: Program):
     damaged = uninterrupted / "checkpoints" / "step_6" / "__0_1.distcp"
     whole = damaged.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
     damaged.write_bytes(flipped)
-    status, _, err = run("train", uninterrupted / "recipe.yaml", "--output-dir", uninterrupted, "--resume")
+    done = program.run("train", uninterrupted / "recipe.yaml", "--output-dir", uninterrupted, "--resume", num_ranks=2)
     damaged.write_bytes(whole)
-    assert status == 2
-    assert err.count("megatron-gspo:") == 1
-    assert f"{damaged} is damaged" in err
-    assert "--resume-from 3" in err
+    assert done.returncode == 2
+    assert done.stderr.count("megatron-gspo:") == 1
+    assert f"{damaged} is damaged" in done.stderr
+    assert "--resume-from 3" in done.stderr
 
 
 def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
@@ -137,7 +137,7 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
 def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(recipe: Path, tmp_path: Path):
     directory = tmp_path / "run"
     process = start("train", recipe, "training.steps=1000", "--output-dir", directory)
-    wait_for_step(directory, 1, process)
+    wait_for_step(directory, 1, lambda: process.poll() is not None)
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 75, err
@@ -150,7 +150,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(recip
 def test_a_second_signal_ends_the_run_at_once(recipe: Path, tmp_path: Path):
     directory = tmp_path / "run"
     process = start("train", recipe, "training.steps=1000", "--output-dir", directory)
-    wait_for_step(directory, 1, process)
+    wait_for_step(directory, 1, lambda: process.poll() is not None)
     first, second = ranks_of(process)
     os.kill(second, signal.SIGSTOP)  # now the first waits for it for ever
     process.send_signal(signal.SIGTERM)
@@ -166,7 +166,7 @@ def test_a_second_signal_ends_the_run_at_once(recipe: Path, tmp_path: Path):
 def test_a_killed_rank_ends_the_others_and_is_named_first(recipe: Path, tmp_path: Path):
     directory = tmp_path / "run"
     process = start("train", recipe, "training.steps=1000", "--output-dir", directory)
-    wait_for_step(directory, 1, process)
+    wait_for_step(directory, 1, lambda: process.poll() is not None)
     first, second = ranks_of(process)
     os.kill(second, signal.SIGKILL)
     _, err = process.communicate(timeout=120)

@@ -29,6 +29,17 @@ def test_a_stream_can_stand_in_a_type_annotation():
     assert torch.cuda.Stream in typing.get_args(torch.cuda.Stream | None)
 
 
+def test_megatron_leaves_its_functions_uncompiled_and_torch_its_compiler():
+    from megatron.core import jit
+
+    def twice(number: int) -> int:
+        return 2 * number
+
+    assert jit.jit_fuser(twice) is twice
+    assert torch.compile.__module__ == "torch"
+    assert torch.compile is not jit.jit_fuser
+
+
 def test_megatron_modules_that_name_cuda_get_the_cpu_and_all_others_are_left_alone():
     from megatron.core.optimizer import clip_grads
 
