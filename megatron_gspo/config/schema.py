@@ -200,6 +200,9 @@ class TrainingSection(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept; older ones are deleted."""
+    background_save: Switch = True
+    """Go on as soon as the state is copied to host memory, and write it beside the run. Off waits until it is written,
+    and without a GPU saves the memory of that copy."""
     max_skipped_updates: Positive = 3
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 

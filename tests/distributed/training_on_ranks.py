@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe, load_recipe
@@ -20,6 +21,13 @@ from megatron_gspo.training.warmstart import supervised_step
 from megatron_gspo.types import Group, Prompt, Response
 
 UNTIMED = ("time/", "throughput/", "memory/")
+
+
+def fresh_world(meeting_point: str) -> None:
+    """Meet the same ranks anew, at a file of that name, with none of the former process groups left."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    parallel.shutdown()
+    dist.init_process_group("gloo", store=dist.FileStore(meeting_point, world_size), rank=rank, world_size=world_size)
 
 
 def learn_arms_on_ranks(recipe: str, layout: list[str], arms: dict[str, list[str]], num_steps: int) -> dict:
