@@ -75,6 +75,14 @@ class ParallelSection(Section):
     Default: the fewest that hold `expert` × `expert_tensor` expert shards."""
     distributed_optimizer: Switch = True
     """Shard optimizer states over the data-parallel ranks."""
+    overlap_gradient_reduce: Switch = False
+    """Sum gradients over the data-parallel ranks bucket by bucket, while the last backward pass still runs."""
+    overlap_parameter_gather: Switch = False
+    """Gather updated parameters bucket by bucket while the next forward pass runs; needs `distributed_optimizer` and
+    `overlap_gradient_reduce`."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts. `allgather` brings all tokens to all ranks that share the experts: for few ranks
+    and many active experts, among ranks that hold parts of the same micro-batch."""
 
     @property
     def expert_tensor_size(self) -> int:

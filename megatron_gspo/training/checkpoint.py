@@ -41,14 +41,6 @@ STATE, RANDOM = "state.json", "random.pt"
 #: What decides which part of the run a rank is, and so whether its random generators can go on.
 _LAYOUT = ("tensor", "expert", "expert_tensor", "pipeline", "virtual_pipeline", "context", "data")
 
-#: Every tensor of the optimizer is saved in its parameter's shape, so that any layout can load it; gathered in host
-#: memory, a parameter buffer at a time, on the first of the ranks that share it. Names alike with and without experts.
-_LAYOUT_FREE = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": True,
-    "chained_optim_avoid_prefix": True,
-}
-
 
 @dataclass(frozen=True)
 class SavedState:
@@ -127,15 +119,23 @@ def _named_models(policy: TrainablePolicy) -> dict[str, PolicyModel]:
 
 def sharded_state(policy: TrainablePolicy, *, is_loading: bool) -> dict[str, Any]:
     """What of the policy is saved, as Megatron describes it: which part of which tensor this rank has."""
+    # Every tensor of the optimizer is saved in its parameter's shape, so that any layout can load it; gathered in host
+    # memory, a parameter buffer at a time, on the first of the ranks that share it. Names alike with and without experts.
+    # Made anew each time: Megatron adds the process groups of the day to it (ensure_metadata_has_dp_cp_group).
+    layout_free = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,
+    }
     models: dict[str, Any] = {
-        name: model.sharded_state_dict(metadata=_LAYOUT_FREE) for name, model in _named_models(policy).items()
+        name: model.sharded_state_dict(metadata=layout_free) for name, model in _named_models(policy).items()
     }
     if not is_loading:
         for optimizer in policy.optimizer.chained_optimizers:
             # Moments exist from the first update on, and every update so far may have been skipped.
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
     with torch.no_grad():
-        optimizer_state = policy.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=_LAYOUT_FREE)
+        optimizer_state = policy.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=layout_free)
     return models | {"optimizer": optimizer_state}
 
 

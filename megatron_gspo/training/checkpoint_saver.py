@@ -14,6 +14,7 @@ needs CUDA. Writing, syncing and hashing leave Python's lock to the run, so a th
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import threading
 import time
@@ -40,8 +41,8 @@ from megatron_gspo.training.checkpoint_store import CheckpointStore, file_names,
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.types import TrainingFailedError, UserError
 
-#: What torch's writer of archives says, as a RuntimeError, where the operating system refused to write.
-_TORCH_COULD_NOT_WRITE = "PytorchStreamWriter failed"
+#: Whether torch's writer of archives speaks, in a RuntimeError, which does not say what the operating system said.
+_TORCH_COULD_NOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container")
 
 
 class SaveFailedError(TrainingFailedError):
@@ -93,6 +94,7 @@ class CheckpointSaver:
     def __init__(self, store: CheckpointStore, *, keep: int, in_background: bool) -> None:
         self._store, self._keep, self._in_background = store, keep, in_background
         self._under_way: _Save | None = None
+        self._num_bytes = 0  # of the tensors of all ranks, in the newest save
 
     def save(self, run: Run, step: int, skipped: SkippedUpdates, metrics: Mapping[str, Any]) -> None:
         """Save the run as it is after `step`: until it is whole, or in the background until its state is copied.
@@ -147,26 +149,21 @@ class CheckpointSaver:
     def _start(self, run: Run, state: SavedState) -> _Save:
         prepare_checkpoint_writer()
         sharded = sharded_state(run.policy, is_loading=False)
-        num_bytes = int(parallel.sum_over_all_ranks(torch.tensor(_bytes_written_here(sharded))))
-        generators = parallel.gather_objects(random_states())
-        aside = on_main_rank(lambda: self._prepare(state, generators, num_bytes))
+        self._num_bytes = int(parallel.sum_over_all_ranks(torch.tensor(_bytes_written_here(sharded))))
+        aside = on_main_rank(lambda: self._make_room(state.step))
         request = dist_checkpointing.save(sharded, str(aside), async_sharded_save=True)
         assert request is not None, "Megatron returns what is left to do"
+        generators = parallel.gather_objects(random_states())
+        on_main_rank(lambda: _write_own_files(aside, state, generators))
         writer = _Writer(request, aside, copy=self._in_background)
         writer.start()
         return _Save(state, aside, request, writer)
 
-    def _prepare(self, state: SavedState, generators: list[dict[str, Any]], num_bytes: int) -> Path:
-        """The directory to write into, after a look at what room there is, with the files that are not Megatron's."""
-        aside = self._store.start(state.step)
-        free = shutil.disk_usage(aside).free
-        if free < num_bytes:
-            raise OSError(f"it takes {_in_words(num_bytes)} and the disk has {_in_words(free)} left")
-        (aside / STATE).write_text(state.text())
-        # By way of memory: torch's own writer of files says nothing of why it could not write.
-        buffer = io.BytesIO()
-        torch.save(generators, buffer)
-        (aside / RANDOM).write_bytes(buffer.getvalue())
+    def _make_room(self, step: int) -> Path:
+        """The directory to write into, after a look at what room there is."""
+        aside = self._store.start(step)
+        if shutil.disk_usage(aside).free < self._num_bytes:
+            raise OSError("there is no room for it")
         return aside
 
     def _complete(self, save: _Save, hashes: dict[str, str]) -> None:
@@ -180,20 +177,32 @@ class CheckpointSaver:
         try:
             yield
         except (OSError, UserError, CheckpointException, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and _TORCH_COULD_NOT_WRITE not in str(error):
+            if isinstance(error, RuntimeError) and not _TORCH_COULD_NOT_WRITE.search(str(error)):
                 raise
+            words = self._failure(step, error)
             if parallel.is_main_rank():
                 self._store.remove_leftovers()
-            raise SaveFailedError(self._failure(step, error)) from error
+            raise SaveFailedError(words) from error
 
     def _failure(self, step: int, error: BaseException) -> str:
         older = self._store.steps()
         kept = f"the one of step {older[-1]} is untouched" if older else "there is none before it"
         what_next = "go on with --resume" if older else "start anew"
+        directory = self._store.directory
+        left = f", and {_in_words(shutil.disk_usage(directory).free)} are left there" if directory.is_dir() else ""
         return (
-            f"step {step}: the checkpoint could not be written to {self._store.directory}: {_reason(error)}; {kept}. "
-            f"Make room, then {what_next}"
+            f"step {step}: the checkpoint could not be written to {directory}: {_reason(error)}; it takes "
+            f"{_in_words(self._num_bytes)}{left}; {kept}. Make room, then {what_next}"
         )
+
+
+def _write_own_files(aside: Path, state: SavedState, generators: list[dict[str, Any]]) -> None:
+    """Write what is not Megatron's."""
+    (aside / STATE).write_text(state.text())
+    # By way of memory: torch's own writer of files says nothing of why it could not write.
+    buffer = io.BytesIO()
+    torch.save(generators, buffer)
+    (aside / RANDOM).write_bytes(buffer.getvalue())
 
 
 def _on_host(request: AsyncRequest, *, copy: bool) -> list[tuple[str, str, tuple[Any, Any]]]:
@@ -235,11 +244,12 @@ def _bytes_written_here(sharded: dict[str, Any]) -> int:
 
 def _reason(error: BaseException) -> str:
     """Why a save failed, in words of the operating system where it said something."""
+    words = str(error)
     if isinstance(error, CheckpointException):
         # The main rank has what each rank met; the others know only that some rank met something.
-        met = [failure for failure, _ in error.failures.values()]
-        return str(met[0].__cause__ or met[0]) if met else "a rank could not write its part"
-    return str(error)
+        met = [str(failure) for failure, _ in error.failures.values()]
+        words = met[0].removeprefix("Worker failure: ") if met else "a rank could not write its part"
+    return "a file could not be written in full" if _TORCH_COULD_NOT_WRITE.search(words) else words
 
 
 def _in_words(num_bytes: int) -> str:

@@ -190,6 +190,7 @@ def learn(run: Run, experience: Experience, step: int, skipped: SkippedUpdates) 
             )
         volatility.after_update(number)
     with clock.measure("weight_sync"):
+        run.policy.gather_parameters()
         run.policy.version += 1
         hand_over_weights(run.policy.models, run.rollouts, run.policy.version)
     record_experience(experience, mini_batches, recipe.training.tokens_per_micro_batch, totals)

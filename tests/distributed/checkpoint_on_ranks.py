@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import shutil
@@ -58,12 +59,14 @@ def load_and_learn(recipe: str, pairs: dict[str, tuple[str, list[str]]], directo
 def assembled(recipe: str, options: list[str]) -> Run:
     loaded = load_recipe(Path(recipe), options)
     parallel.initialize_model_parallel(loaded.parallel, loaded.seed)
-    return assemble(loaded)
+    run = assemble(loaded)
+    gc.freeze()  # Megatron collects garbage in every save, most of a second among all that tests have imported
+    return run
 
 
-def save(run: Run, store: CheckpointStore, step: int) -> None:
+def save(run: Run, store: CheckpointStore, step: int, *, keep: int = 2) -> None:
     """Save `run` as it is, as `step`, and wait."""
-    with CheckpointSaver(store, keep=2, in_background=True) as saver:
+    with CheckpointSaver(store, keep=keep, in_background=True) as saver:
         saver.save(run, step, SkippedUpdates(0), {"step": step})
 
 
@@ -184,7 +187,7 @@ def save_under_observation(recipe: str, directory: str) -> int:
         copying = False
 
     sys.addaudithook(copy)
-    save(run, store, 2)
+    save(run, store, 2, keep=1)
     copying = True
     return num_changes
 

@@ -1,5 +1,6 @@
 """Checkpoints on real ranks: the same state in another layout, written beside the run, and never torn."""
 
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,9 +83,9 @@ def test_another_layout_goes_on_from_the_same_state(
     for name, moment in saved["moments"].items():
         assert moment.abs().max() > 0, name
         assert torch.equal(moment, loaded["moments"][name]), name
-    # In bfloat16 a weight of 0.1 to 0.5 is rounded to 0.0005 to 0.002.
-    tolerance = 4e-3 if "bfloat16" in loaded_as else 2e-5
-    torch.testing.assert_close(loaded["weights_after"], saved["weights_after"], rtol=0, atol=tolerance)
+    # In bfloat16 a weight has 8 bits: what differs in the last place of float32 may be rounded one of them apart.
+    relative, absolute = (2**-7, 2e-3) if "bfloat16" in loaded_as else (0, 2e-5)
+    torch.testing.assert_close(loaded["weights_after"], saved["weights_after"], rtol=relative, atol=absolute)
     assert (saved["weights_after"] - saved["weights"]).abs().max() > 5e-4
 
 
@@ -123,7 +124,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB of its own."""
     directory = tmp_path / "disk"
     directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", directory], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", directory], check=False, capture_output=True
+    )
     if mounted.returncode:
         pytest.skip(f"mounting needs root: {mounted.stderr.decode().strip()}")
     yield directory
@@ -134,7 +137,7 @@ def test_a_full_disk_ends_the_save_in_words_and_leaves_the_older_checkpoint(
     ranks: RankPool, recipe: str, small_disk: Path, tmp_path: Path
 ):
     # From nothing left, over each file of a checkpoint that may be the one that does not fit, to enough.
-    free = [0, 16_384, 600_000, 700_000, 800_000, 900_000, 1_000_000, 1_100_000, 1_200_000, 2_500_000]
+    free = [0, 400_000, 800_000, 900_000, 1_000_000, 1_100_000, 2_500_000]
     (refusals,) = ranks.run(
         RANKS + "save_onto",
         num_ranks=1,
@@ -149,8 +152,9 @@ def test_a_full_disk_ends_the_save_in_words_and_leaves_the_older_checkpoint(
     for words in refused:
         assert f"step 2: the checkpoint could not be written to {store.directory}" in words
         assert "the one of step 1 is untouched. Make room, then go on with --resume" in words
-    assert sum("MiB and the disk has" in words for words in refused) >= 2
-    assert sum("No space left on device" in words for words in refused) >= 2
+        assert re.search(r"; it takes 0\.8\d MiB, and [01]\.\d\d MiB are left there; ", words)
+    assert sum("there is no room for it" in words for words in refused) >= 2
+    assert sum("No space left on device" in words or "in full" in words for words in refused) >= 2
     assert store.steps() == [1, 2]
     assert damaged_files(store.path(1)) == damaged_files(store.path(2)) == []
     for file in (tmp_path / "older").iterdir():
