@@ -109,7 +109,7 @@ def _gather_output_layer_in_time(chunk: DistributedDataParallel) -> None:
     model = chunk.module
     if not model.post_process:
         return
-    bucket = chunk.param_to_bucket_group[model.shared_embedding_or_output_weight()]
+    bucket = chunk.param_to_bucket_group[model.output_weight()]
     model.decoder.final_layernorm.register_forward_pre_hook(lambda *_: bucket.finish_param_sync())
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from megatron_gspo import parallel
