@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import resource
 import shutil
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_gspo import parallel
 from megatron_gspo.config import load_recipe
 from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.training.assembly import Run, assemble
@@ -27,7 +25,7 @@ from megatron_gspo.training.checkpoint_store import CheckpointStore
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import learn
 from megatron_gspo.training.resume import find_checkpoint
-from tests.distributed.training_on_ranks import fixed_experience, fresh_world
+from tests.distributed.training_on_ranks import arrange, fixed_experience, fresh_world
 
 #: Audit events of changes to the file system that `open` for writing does not raise.
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -58,10 +56,8 @@ def load_and_learn(recipe: str, pairs: dict[str, tuple[str, list[str]]], directo
 
 def assembled(recipe: str, options: list[str]) -> Run:
     loaded = load_recipe(Path(recipe), options)
-    parallel.initialize_model_parallel(loaded.parallel, loaded.seed)
-    run = assemble(loaded)
-    gc.freeze()  # Megatron collects garbage in every save, most of a second among all that tests have imported
-    return run
+    arrange(loaded)
+    return assemble(loaded)
 
 
 def save(run: Run, store: CheckpointStore, step: int, *, keep: int = 2) -> None:

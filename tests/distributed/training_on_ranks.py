@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,24 @@ def fresh_world(meeting_point: str) -> None:
 
 
 def learn_layouts_on_ranks(
-    recipe: str, layouts: dict[str, list[str]], arms: dict[str, list[str]], directory: str
+    recipe: str, layouts: dict[str, tuple[list[str], dict[str, list[str]]]], directory: str
 ) -> dict[str, dict[str, Any]]:
-    """A step of each arm in each layout, by layout and arm; a layout may overrule an arm."""
+    """A step of each arm of each layout, by layout and arm, from the options of both; a layout may overrule an arm."""
     optimizer.DistributedDataParallelConfig = functools.partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
     found = {}
-    for number, (name, layout) in enumerate(layouts.items()):
+    for number, (name, (layout, arms)) in enumerate(layouts.items()):
         fresh_world(f"{directory}/world_of_{dist.get_world_size()}_{number}")
-        found[name] = {arm: learn_from_fixed(recipe, [*options, *layout]) for arm, options in arms.items()}
+        arrange(load_recipe(Path(recipe), layout))
+        found[name] = {
+            arm: learn_from_fixed(load_recipe(Path(recipe), [*options, *layout])) for arm, options in arms.items()
+        }
     return found
 
 
 def supervise_on_ranks(recipe: str, layout: list[str]) -> dict[str, float]:
     """One supervised update towards the fixed responses: its loss and gradient norm."""
     loaded = load_recipe(Path(recipe), layout)
-    parallel.initialize_model_parallel(loaded.parallel, loaded.seed)
+    arrange(loaded)
     policy = build_trainable_policy(
         build_models(loaded), loaded, reinforcement_learning_rate(loaded), divide_by_tokens=True
     )
@@ -60,10 +64,14 @@ def supervise_on_ranks(recipe: str, layout: list[str]) -> dict[str, float]:
     return supervised_step(policy, pack_samples(samples, loaded, 0), SkippedUpdates(0), step=1)
 
 
-def learn_from_fixed(recipe: str, overrides: list[str]) -> dict[str, Any]:
+def arrange(recipe: Recipe) -> None:
+    """Arrange the ranks as `recipe` says."""
+    parallel.initialize_model_parallel(recipe.parallel, recipe.seed)
+    gc.freeze()  # what tests have imported is much, and stays
+
+
+def learn_from_fixed(loaded: Recipe) -> dict[str, Any]:
     """Learn once from fixed responses; the step's metrics, the first update's gradients, and the weights at the end."""
-    loaded = load_recipe(Path(recipe), overrides)
-    parallel.initialize_model_parallel(loaded.parallel, loaded.seed)
     run = assemble(loaded)
     gradients: dict[str, torch.Tensor] = {}
     if not loaded.parallel.distributed_optimizer:  # with it a rank has the sum of its shard alone
