@@ -23,6 +23,7 @@ def check_recipe(recipe: Recipe) -> list[Refusal]:
     checks: tuple[Callable[[Recipe], Iterator[Refusal]], ...] = (
         _check_batches,
         _check_ranks,
+        _check_communication,
         _check_objective,
         _check_schedule,
         _check_evaluation,
@@ -61,6 +62,25 @@ def _check_ranks(recipe: Recipe) -> Iterator[Refusal]:
             f"a size whose product with expert_tensor ({parallel.expert_tensor_size}) and pipeline "
             f"({parallel.pipeline}) divides the {parallel.world_size} ranks of tensor × pipeline × context × data "
             f"({parallel.tensor} × {parallel.pipeline} × {parallel.context} × {parallel.data}), or another parallel.data",
+        )
+
+
+def _check_communication(recipe: Recipe) -> Iterator[Refusal]:
+    parallel = recipe.parallel
+    if parallel.overlap_parameter_gather and not (parallel.distributed_optimizer and parallel.overlap_gradient_reduce):
+        yield not_accepted(
+            "parallel.overlap_parameter_gather",
+            True,
+            "false unless parallel.distributed_optimizer and parallel.overlap_gradient_reduce are true",
+        )
+    sharing, same_tokens = parallel.expert_tensor_size * parallel.expert, parallel.tensor * parallel.context
+    if parallel.dispatcher == "allgather" and same_tokens % sharing:
+        # token_dispatcher.py gathers equal parts; other replicas' micro-batches have other lengths.
+        yield not_accepted(
+            "parallel.dispatcher",
+            "allgather",
+            f"alltoall where ranks of several replicas share the experts: expert_tensor × expert ({sharing}) does not "
+            f"divide tensor × context ({same_tokens})",
         )
 
 

@@ -75,6 +75,14 @@ class ParallelSection(Section):
     Default: the fewest that hold `expert` × `expert_tensor` expert shards."""
     distributed_optimizer: Switch = True
     """Shard optimizer states over the data-parallel ranks."""
+    overlap_gradient_reduce: Switch = False
+    """Sum gradients over the data-parallel ranks bucket by bucket, while the last backward pass still runs."""
+    overlap_parameter_gather: Switch = False
+    """Gather updated parameters bucket by bucket while the next forward pass runs; needs `distributed_optimizer` and
+    `overlap_gradient_reduce`."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts. `allgather` brings all tokens to all ranks that share the experts: for few ranks
+    and many active experts, among ranks that hold parts of the same micro-batch."""
 
     @property
     def expert_tensor_size(self) -> int:
@@ -246,6 +254,9 @@ class TrainingSection(Section):
     """Steps between checkpoints; 0 saves at the end only."""
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept; older ones are deleted."""
+    background_save: Switch = True
+    """Go on as soon as the state is copied to host memory, and write it beside the run. Off waits until it is written,
+    and without a GPU saves the memory of that copy."""
     max_skipped_updates: Positive = 3
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 

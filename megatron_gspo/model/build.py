@@ -107,7 +107,7 @@ def transformer_config(
         warnings.filterwarnings("ignore", message="If you are using transformer_engine")
         # It also calls its own default for CUDA graphs, which are not used, deprecated.
         warnings.filterwarnings("ignore", message="full scope is deprecated")
-        return TransformerConfig(
+        config = TransformerConfig(
             num_layers=hf_config.num_hidden_layers,
             hidden_size=hf_config.hidden_size,
             ffn_hidden_size=hf_config.intermediate_size,
@@ -132,8 +132,7 @@ def transformer_config(
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=num_chunks(parallel) if interleaved else None,
             pipeline_dtype=dtype,
-            variable_seq_lengths=True,  # packed micro-batches differ in length
-            moe_token_dispatcher_type="alltoall",  # the one that takes variable lengths; checked for dense models too
+            moe_token_dispatcher_type=parallel.dispatcher,
             # With two stages the next one is also the previous one: Megatron's batched sends would cross there.
             overlap_p2p_comm=interleaved,
             batch_p2p_comm=not interleaved,
@@ -150,6 +149,10 @@ def transformer_config(
             output_layer_init_method=_leave_undefined,
             embedding_init_method=_leave_undefined,
         )
+    # Packed micro-batches differ in length. Set afterwards, because transformer_config.py refuses it together with
+    # `allgather`; what that cannot take is ranks that differ at one time, which config/check.py refuses.
+    config.variable_seq_lengths = True
+    return config
 
 
 def check_layout(hf_config: HfConfig, model: ModelSection, parallel: ParallelSection) -> None:

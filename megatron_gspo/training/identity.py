@@ -37,6 +37,7 @@ MAY_DIFFER = (
     "training.steps",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.background_save",
     "training.max_skipped_updates",
     "training.tokens_per_micro_batch",
 )

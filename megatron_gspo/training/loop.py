@@ -25,7 +25,8 @@ from megatron_gspo.report.metrics import RunDirectory, refuse_used_directory
 from megatron_gspo.report.run_report import write_report
 from megatron_gspo.training.agreement import on_any_rank, on_main_rank
 from megatron_gspo.training.assembly import Run, assemble, with_clip_range
-from megatron_gspo.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_gspo.training.checkpoint import load_checkpoint
+from megatron_gspo.training.checkpoint_saver import CheckpointSaver
 from megatron_gspo.training.checkpoint_store import CheckpointStore
 from megatron_gspo.training.display import Display, describe, introduction, say_how_to_go_on, say_what_next
 from megatron_gspo.training.evaluation import evaluate
@@ -80,9 +81,10 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from
         if found is None:
             record(directory, display, step_line(0, run, evaluate_if_due(run, 0)))
         stopping = False
-        while last < recipe.training.steps and not stopping:
-            last += 1
-            stopping = take_step(run, last, skipped, store, directory, display, stop)
+        with checkpoint_saver(recipe, store) as saver:
+            while last < recipe.training.steps and not stopping:
+                last += 1
+                stopping = take_step(run, last, skipped, saver, directory, display, stop)
     finally:
         display.stop()
         run.close()
@@ -101,7 +103,7 @@ def take_step(
     run: Run,
     step: int,
     skipped: SkippedUpdates,
-    store: CheckpointStore,
+    saver: CheckpointSaver,
     directory: RunDirectory | None,
     display: Display,
     stop: StopRequest,
@@ -114,13 +116,23 @@ def take_step(
         directory.write_volatility(step, result.volatility)
     # A signal may reach one rank only, and between any two steps of the others.
     stopping = on_any_rank(stop.requested)
-    every = run.recipe.training.save_every
-    if stopping or step == run.recipe.training.steps or (every > 0 and step % every == 0):
-        clock = Stopwatch()
-        save_checkpoint(run, store, step, skipped, line)
-        line |= {"time/checkpoint_s": clock.since_start()}
-    record(directory, display, line)
+    clock = Stopwatch()
+    with clock.measure("checkpoint"):
+        saver.finish_if_written()
+        is_last = stopping or step == run.recipe.training.steps
+        every = run.recipe.training.save_every
+        if is_last or (every > 0 and step % every == 0):
+            saver.save(run, step, skipped, line)
+        if is_last:
+            saver.finish()
+    record(directory, display, line | {"time/checkpoint_s": clock.seconds["checkpoint"]})
     return stopping
+
+
+def checkpoint_saver(recipe: Recipe, store: CheckpointStore) -> CheckpointSaver:
+    """What saves the run's checkpoints, as the recipe says."""
+    training = recipe.training
+    return CheckpointSaver(store, keep=training.keep_checkpoints, in_background=training.background_save)
 
 
 def open_run_directory(recipe: Recipe, output_dir: Path, found: FoundCheckpoint | None) -> RunDirectory:
@@ -178,6 +190,7 @@ def learn(run: Run, experience: Experience, step: int, skipped: SkippedUpdates) 
             )
         volatility.after_update(number)
     with clock.measure("weight_sync"):
+        run.policy.gather_parameters()
         run.policy.version += 1
         weight_bytes = run.hand_over_weights()
     record_experience(experience, mini_batches, recipe.training.tokens_per_micro_batch, totals)

@@ -56,6 +56,15 @@ class TrainablePolicy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
 
+    def gather_parameters(self) -> None:
+        """Make the models' parameters those of the last update, for whoever reads them without a forward pass.
+
+        Under `parallel.overlap_parameter_gather` only the next forward pass would gather them. A collective.
+        """
+        for chunk in self.chunks:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
+
 
 def build_trainable_policy(
     models: Sequence[PolicyModel], recipe: Recipe, learning_rate: LearningRate, *, divide_by_tokens: bool = False
@@ -68,6 +77,8 @@ def build_trainable_policy(
     wrapper_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        overlap_grad_reduce=recipe.parallel.overlap_gradient_reduce,
+        overlap_param_gather=recipe.parallel.overlap_parameter_gather,
         # Megatron's own check raises on one rank; guards.py lets all ranks agree and skip the update instead.
         check_for_nan_in_grad=False,
     )
@@ -82,7 +93,24 @@ def build_trainable_policy(
         config = chunk.module.config
         config.finalize_model_grads_func = finalize_model_grads if divide_by_tokens else _finalize_summed_gradients
         config.grad_scale_func = optimizer.scale_loss
+        if recipe.parallel.overlap_gradient_reduce:
+            # The schedules hold the reduction back until the last micro-batch.
+            config.no_sync_func = [each.no_sync for each in chunks] if len(chunks) > 1 else chunk.no_sync
+        if recipe.parallel.overlap_parameter_gather:
+            _gather_output_layer_in_time(chunk)
     return TrainablePolicy(chunks=chunks, optimizer=optimizer, scheduler=scheduler)
+
+
+def _gather_output_layer_in_time(chunk: DistributedDataParallel) -> None:
+    """Wait for the output layer's weight before the norm in front of it runs.
+
+    Megatron waits for a module's parameters when the module is called; log-probs take this weight without a call.
+    """
+    model = chunk.module
+    if not model.post_process:
+        return
+    bucket = chunk.param_to_bucket_group[model.output_weight()]
+    model.decoder.final_layernorm.register_forward_pre_hook(lambda *_: bucket.finish_param_sync())
 
 
 def _finalize_summed_gradients(
@@ -108,6 +136,7 @@ def _optimizer_config(recipe: Recipe, learning_rate: LearningRate) -> OptimizerC
         bf16=bfloat16,
         params_dtype=torch.bfloat16 if bfloat16 else torch.float32,
         use_distributed_optimizer=recipe.parallel.distributed_optimizer,
+        overlap_param_gather=recipe.parallel.overlap_parameter_gather,
     )
 
 

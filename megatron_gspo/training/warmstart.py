@@ -82,6 +82,7 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
             display.show({"step": step, "time/step_s": seconds} | metrics)
     finally:
         display.stop()
+    policy.gather_parameters()
     save_hf_checkpoint(policy.models, output_dir, recipe.model.path)
 
 

@@ -1,55 +1,77 @@
-"""What the ranks of checkpoint tests do: learn from fixed responses, save, load."""
+"""What the ranks of checkpoint tests do: learn from fixed responses, save, load, and meet what disks and signals do."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
+import shutil
 import signal
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_gspo import parallel
 from megatron_gspo.config import load_recipe
 from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.training.assembly import Run, assemble
-from megatron_gspo.training.checkpoint import load_checkpoint, save_checkpoint
+from megatron_gspo.training.checkpoint import load_checkpoint
+from megatron_gspo.training.checkpoint_saver import CheckpointSaver, SaveFailedError
 from megatron_gspo.training.checkpoint_store import CheckpointStore
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import learn
 from megatron_gspo.training.resume import find_checkpoint
-from tests.distributed.training_on_ranks import fixed_experience
+from tests.distributed.training_on_ranks import arrange, fixed_experience, fresh_world
+
+#: Audit events of changes to the file system that `open` for writing does not raise.
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
-def learn_save_learn(recipe: str, layout: list[str], directory: str) -> dict[str, Any]:
-    """Learn a step, save it, and learn another."""
-    run = assembled(recipe, layout)
-    learn(run, fixed_experience(run.recipe, 1), 1, SkippedUpdates(0))
-    return save_and_learn(run, CheckpointStore(Path(directory) / "saved"))
+def learn_and_save(recipe: str, layouts: dict[str, list[str]], directory: str) -> dict[str, dict[str, Any]]:
+    """In each layout: learn a step, save it as the layout's name, and learn another."""
+    found = {}
+    for name, options in layouts.items():
+        fresh_world(f"{directory}/world_saves_{name}")
+        run = assembled(recipe, options)
+        learn(run, fixed_experience(run.recipe, 1), 1, SkippedUpdates(0))
+        found[name] = save_and_learn(run, CheckpointStore(Path(directory) / name))
+    return found
 
 
-def load_save_learn(recipe: str, layout: list[str], directory: str) -> dict[str, Any]:
-    """Go on from what `learn_save_learn` saved; save that again, and learn the same other step."""
-    run = assembled(recipe, layout)
-    found = find_checkpoint(CheckpointStore(Path(directory) / "saved"), run.recipe, None)
-    load_checkpoint(run, found.path, found.state, SkippedUpdates(0))
-    return save_and_learn(run, CheckpointStore(Path(directory) / "loaded"))
+def load_and_learn(recipe: str, pairs: dict[str, tuple[str, list[str]]], directory: str) -> dict[str, dict[str, Any]]:
+    """For each pair of what was saved and a layout: go on from it there; save that again, and learn the other step."""
+    found = {}
+    for name, (saved_as, options) in pairs.items():
+        fresh_world(f"{directory}/world_loads_{name}")
+        run = assembled(recipe, options)
+        checkpoint = find_checkpoint(CheckpointStore(Path(directory) / saved_as), run.recipe, None)
+        load_checkpoint(run, checkpoint.path, checkpoint.state, SkippedUpdates(0))
+        found[name] = save_and_learn(run, CheckpointStore(Path(directory) / name))
+    return found
 
 
-def assembled(recipe: str, layout: list[str]) -> Run:
-    loaded = load_recipe(Path(recipe), layout)
-    parallel.initialize_model_parallel(loaded.parallel, loaded.seed)
+def assembled(recipe: str, options: list[str]) -> Run:
+    loaded = load_recipe(Path(recipe), options)
+    arrange(loaded)
     return assemble(loaded)
 
 
+def save(run: Run, store: CheckpointStore, step: int, *, keep: int = 2) -> None:
+    """Save `run` as it is, as `step`, and wait."""
+    with CheckpointSaver(store, keep=keep, in_background=True) as saver:
+        saver.save(run, step, SkippedUpdates(0), {"step": step})
+
+
 def save_and_learn(run: Run, store: CheckpointStore) -> dict[str, Any]:
-    save_checkpoint(run, store, 1, SkippedUpdates(0), {"step": 1})
+    save(run, store, 1)
     tensors = dist_checkpointing.load_plain_tensors(str(store.path(1)))
     state = {
         "weights": weights_of(run),
-        "moments": {name: tensor for name, tensor in tensors.items() if ".exp_avg" in name},
+        "moments": {name: tensor for name, tensor in tensors.items() if name.startswith("optimizer.")},
     }
     learn(run, fixed_experience(run.recipe, 2), 2, SkippedUpdates(0))
     state["weights_after"] = weights_of(run)
@@ -61,21 +83,126 @@ def weights_of(run: Run) -> torch.Tensor:
     return torch.cat([tensor.reshape(-1).clone() for _, tensor in export_hf_weights(run.policy.models)])
 
 
-def save_and_be_killed(recipe: str, directory: str, at_event: int) -> None:
-    """Save steps 1 and 2, and be killed at the `at_event`th change to the file system in the second save."""
-    run = assembled(recipe, [])
+def save_beside_the_run(recipe: str, options: list[str], directory: str) -> dict[str, Any]:
+    """Learn a step and save it waiting, then in the background, held back until another step was learnt."""
+    run = assembled(recipe, options)
+    learn(run, fixed_experience(run.recipe, 1), 1, SkippedUpdates(0))
+    waited, beside = (CheckpointStore(Path(directory) / name) for name in ("waited", "beside"))
+    CheckpointSaver(waited, keep=2, in_background=False).save(run, 1, SkippedUpdates(0), {"step": 1})
+    before = weights_of(run)
+    with CheckpointSaver(beside, keep=2, in_background=True) as saver:
+        with writers_held_back():
+            saver.save(run, 1, SkippedUpdates(0), {"step": 1})
+            learn(run, fixed_experience(run.recipe, 2), 2, SkippedUpdates(0))
+            saver.finish_if_written()
+            steps_while_held = beside.steps()
+        # The next save waits for the one under way.
+        saver.save(run, 2, SkippedUpdates(0), {"step": 2})
+        steps_at_next_save = beside.steps()
+    moved = (weights_of(run) - before).abs().max()
+    return {"while held": steps_while_held, "at next save": steps_at_next_save, "moved": moved}
+
+
+@contextlib.contextmanager
+def writers_held_back() -> Iterator[None]:
+    """Within it no thread but the main one opens a file for writing."""
+    released = threading.Event()
+
+    def hold(event: str, arguments: tuple[Any, ...]) -> None:
+        if is_change(event, arguments) and threading.current_thread() is not threading.main_thread():
+            released.wait()
+
+    sys.addaudithook(hold)  # hooks stay; once released it lets everything pass
+    yield
+    released.set()
+
+
+def fail_to_save_beside_the_run(recipe: str, options: list[str], directory: str) -> str:
+    """Save step 1; then step 2 in the background, which the last rank's disk refuses; then step 3. The refusal's words."""
+    run = assembled(recipe, options)
     store = CheckpointStore(Path(directory))
-    save_checkpoint(run, store, 1, SkippedUpdates(0), {"step": 1})
-    num_events = 0
+    saver = CheckpointSaver(store, keep=2, in_background=True)
+    saver.save(run, 1, SkippedUpdates(0), {"step": 1})
+    saver.finish()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    saver.save(run, 2, SkippedUpdates(0), {"step": 2})
+    words = refusal_of(saver.finish)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert store.steps() == [1], "seen by every rank"
+    saver.save(run, 3, SkippedUpdates(0), {"step": 3})
+    saver.finish()
+    return words
 
-    def kill_self(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal num_events
-        is_write = event == "open" and isinstance(arguments[1], str) and "w" in arguments[1]
-        if is_write or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
-            if num_events == at_event:
-                os.kill(os.getpid(), signal.SIGKILL)
-            num_events += 1
 
-    sys.addaudithook(kill_self)
-    save_checkpoint(run, store, 2, SkippedUpdates(0), {"step": 2})
-    raise AssertionError(f"survived: a save makes {num_events} changes")
+def save_onto(recipe: str, directory: str, free: list[int], spare: str) -> list[str]:
+    """Save step 1, then try step 2 with each number of bytes left on the disk; what each try was refused with, or ""."""
+    run = assembled(recipe, [])
+    store = CheckpointStore(Path(directory) / "checkpoints")
+    saver = CheckpointSaver(store, keep=2, in_background=True)
+    saver.save(run, 1, SkippedUpdates(0), {"step": 1})
+    saver.finish()
+    shutil.copytree(store.path(1), spare)
+    filling = Path(directory) / "filling"
+    refusals = []
+    for left in free:
+        taken = shutil.disk_usage(directory).free - left
+        filling.write_bytes(bytes(max(0, taken)))
+        refusals.append(refusal_of(lambda: (saver.save(run, 2, SkippedUpdates(0), {"step": 2}), saver.finish())))
+        filling.unlink()
+    return refusals
+
+
+def refusal_of(save: Callable[[], object]) -> str:
+    try:
+        save()
+    except SaveFailedError as error:
+        return str(error)
+    return ""
+
+
+def save_under_observation(recipe: str, directory: str) -> int:
+    """Save steps 1 and 2, and copy what a kill would leave before every change to the file system in the second save.
+
+    A process that is killed leaves its files as others see them at that moment: what is copied here.
+    """
+    run = assembled(recipe, [])
+    store = CheckpointStore(Path(directory) / "saved")
+    save(run, store, 1)
+    num_changes = 0
+    copying = False
+
+    def copy(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal num_changes, copying
+        if copying or not is_change(event, arguments):
+            return
+        copying = True
+        shutil.copytree(store.directory, Path(directory) / f"before_{num_changes}")
+        num_changes += 1
+        copying = False
+
+    sys.addaudithook(copy)
+    save(run, store, 2, keep=1)
+    copying = True
+    return num_changes
+
+
+def save_and_be_killed(recipe: str, options: list[str], directory: str, rank: int, event: str, named: str) -> None:
+    """Save steps 1 and 2; `rank` is killed in the second save where it raises `event` on a path that has `named` in it."""
+    run = assembled(recipe, options)
+    store = CheckpointStore(Path(directory))
+    save(run, store, 1)
+
+    def kill_self(found: str, arguments: tuple[Any, ...]) -> None:
+        if found == event and is_change(found, arguments) and named in str(arguments[0]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if torch.distributed.get_rank() == rank:
+        sys.addaudithook(kill_self)
+    save(run, store, 2)
+
+
+def is_change(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether an audit event is of a change to the file system."""
+    return event in CHANGES or (event == "open" and isinstance(arguments[1], str) and "w" in arguments[1])

@@ -90,7 +90,10 @@ def test_six_steps_equal_three_steps_a_kill_and_three_more(
 ):
     directory = tmp_path / "run"
     killed = program.start("train", recipe, "--output-dir", directory, num_ranks=2)
-    wait_for_step(directory, 4, killed.has_ended)  # past the checkpoint of step 3: step 4 is made again
+    wait_for_step(directory, 4, killed.has_ended)  # past step 3: step 4 is made again
+    while not (directory / "checkpoints" / "latest").exists():  # written beside the run
+        assert not killed.has_ended()
+        time.sleep(0.02)
     killed.kill()
     done = program.run("train", directory / "recipe.yaml", "--output-dir", directory, "--resume", num_ranks=2)
     assert done.returncode == 0, done.stderr

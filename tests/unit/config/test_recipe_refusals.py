@@ -129,6 +129,26 @@ def test_a_missing_field_is_named_with_what_it_is(recipe_file: Write, refusal: R
         ),
         (["parallel.virtual_pipeline=2"], ["parallel.virtual_pipeline is 2", "null while parallel.pipeline is 1"]),
         (
+            ["parallel.overlap_parameter_gather=true"],
+            ["parallel.overlap_parameter_gather is true", "false unless", "parallel.overlap_gradient_reduce"],
+        ),
+        (
+            [
+                "parallel.overlap_parameter_gather=true",
+                "parallel.overlap_gradient_reduce=true",
+                "parallel.distributed_optimizer=false",
+            ],
+            ["parallel.overlap_parameter_gather is true", "parallel.distributed_optimizer"],
+        ),
+        (
+            ["parallel.dispatcher=allgather", "parallel.expert=2"],
+            [
+                "parallel.dispatcher is the text 'allgather'",
+                "alltoall where ranks of several replicas",
+                "expert_tensor × expert (2)",
+            ],
+        ),
+        (
             ["objective.constant_length=512"],
             ["objective.constant_length is 512", "null under objective.aggregation: sequence_mean"],
         ),

@@ -21,7 +21,16 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "change", ["parallel.expert=2", "training.steps=9", "evaluation.every=1", "training.save_every=1", "data.eval=null"]
+    "change",
+    [
+        "parallel.expert=2",
+        "training.steps=9",
+        "evaluation.every=1",
+        "training.save_every=1",
+        "data.eval=null",
+        "training.background_save=false",
+        "parallel.overlap_gradient_reduce=true",
+    ],
 )
 def test_layout_and_what_only_watches_may_differ(recipe: Path, change: str):
     saved = load_recipe(recipe).model_dump(mode="json")

@@ -1,0 +1,256 @@
+"""Saving checkpoints, beside the run where the recipe allows it.
+
+In: a run after a step. Out: its checkpoint in the store, whole, or an error on all ranks and the older ones as they were.
+
+The run stands still until its state is copied to host memory. Then a thread of each rank writes and hashes what that rank
+holds (the asynchronous half of `dist_checkpointing.save`), while the run goes on. What all ranks must agree on (that all
+have written, Megatron's index, the renaming) is done where they meet: after a later step, before the next save, at the end.
+
+Megatron's own callers fork or spawn a process instead (strategies/async_utils.py). A forked one inherits the locks of
+threads that it does not have, and outlives a rank that was killed, writing where the next run writes; the spawned one
+needs CUDA. Writing, syncing and hashing leave Python's lock to the run, so a thread is enough.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_gspo import parallel
+from megatron_gspo.platform import prepare_checkpoint_writer
+from megatron_gspo.training.agreement import on_any_rank, on_main_rank, refuse_together
+from megatron_gspo.training.assembly import Run
+from megatron_gspo.training.checkpoint import RANDOM, STATE, SavedState, logger, random_states, sharded_state
+from megatron_gspo.training.checkpoint_store import CheckpointStore, file_names, hash_files
+from megatron_gspo.training.guards import SkippedUpdates
+from megatron_gspo.types import TrainingFailedError, UserError
+
+#: Whether torch's writer of archives speaks, in a RuntimeError, which does not say what the operating system said.
+_TORCH_COULD_NOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container")
+
+
+class SaveFailedError(TrainingFailedError):
+    """A checkpoint could not be written. Those before it are as they were."""
+
+    of_all_ranks = True
+
+
+class _Writer(threading.Thread):
+    """Writes this rank's part of a checkpoint and hashes it. A daemon: a rank that has to end does not wait for it."""
+
+    def __init__(self, request: AsyncRequest, aside: Path, *, copy: bool) -> None:
+        super().__init__(name="checkpoint writer", daemon=True)
+        self._request, self._aside = request, aside
+        self._buckets = _on_host(request, copy=copy)
+        self.hashes: dict[str, str] = {}
+        self.error: BaseException | None = None
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        try:
+            if self._request.async_fn is not None:
+                rank, _, results = self._request.async_fn_args
+                self._request.async_fn(rank, self._buckets, results)
+            self.hashes = hash_files(self._aside, [name for _, name, _ in self._buckets])
+        except BaseException as error:  # handed to the rank's main thread, which raises it
+            self.error = error
+        self._buckets = []  # the copy's memory
+        self.seconds = time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A save that is under way."""
+
+    state: SavedState
+    aside: Path
+    request: AsyncRequest
+    writer: _Writer
+
+
+class CheckpointSaver:
+    """Saves checkpoints of one run; at most one is under way. Every rank calls every method, in the same order.
+
+    As a context manager it finishes what is under way also where the run fails, as long as all ranks fail alike.
+    """
+
+    def __init__(self, store: CheckpointStore, *, keep: int, in_background: bool) -> None:
+        self._store, self._keep, self._in_background = store, keep, in_background
+        self._under_way: _Save | None = None
+        self._num_bytes = 0  # of the tensors of all ranks, in the newest save
+
+    def save(self, run: Run, step: int, skipped: SkippedUpdates, metrics: Mapping[str, Any]) -> None:
+        """Save the run as it is after `step`: until it is whole, or in the background until its state is copied.
+
+        Raises:
+            SaveFailedError: it, or the one before it, could not be written.
+        """
+        self.finish()
+        with self._failing(step):
+            self._under_way = self._start(run, SavedState.of(run, step, skipped, metrics))
+        if not self._in_background:
+            self.finish()
+
+    def finish_if_written(self) -> None:
+        """Make the save under way a checkpoint, if every rank has written its part.
+
+        Raises:
+            SaveFailedError: it could not be written.
+        """
+        if self._under_way is not None and not on_any_rank(self._under_way.writer.is_alive()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and make it a checkpoint.
+
+        Raises:
+            SaveFailedError: it could not be written.
+        """
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        with self._failing(save.state.step):
+            save.writer.join()
+            for finalize in save.request.finalize_fns:
+                finalize()  # raises on all ranks what any of them met while it wrote
+            hashes = _hashes_of_all_ranks(save.writer)
+            on_main_rank(lambda: self._complete(save, hashes))
+        if parallel.is_main_rank():
+            beside = " beside the run" if self._in_background else ""
+            path = self._store.path(save.state.step)
+            logger.info("step %d: saved %s, written%s in %.2f s", save.state.step, path, beside, save.writer.seconds)
+
+    def __enter__(self) -> CheckpointSaver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, TrainingFailedError) and error.of_all_ranks):
+            self.finish()
+
+    def _start(self, run: Run, state: SavedState) -> _Save:
+        prepare_checkpoint_writer()
+        sharded = sharded_state(run.policy, is_loading=False)
+        self._num_bytes = int(parallel.sum_over_all_ranks(torch.tensor(_bytes_written_here(sharded))))
+        aside = on_main_rank(lambda: self._make_room(state.step))
+        request = dist_checkpointing.save(sharded, str(aside), async_sharded_save=True)
+        assert request is not None, "Megatron returns what is left to do"
+        generators = parallel.gather_objects(random_states())
+        on_main_rank(lambda: _write_own_files(aside, state, generators))
+        writer = _Writer(request, aside, copy=self._in_background)
+        writer.start()
+        return _Save(state, aside, request, writer)
+
+    def _make_room(self, step: int) -> Path:
+        """The directory to write into, after a look at what room there is."""
+        aside = self._store.start(step)
+        if shutil.disk_usage(aside).free < self._num_bytes:
+            raise OSError("there is no room for it")
+        return aside
+
+    def _complete(self, save: _Save, hashes: dict[str, str]) -> None:
+        """Hash what the ranks' threads did not write, and make the directory a checkpoint."""
+        rest = [name for name in file_names(save.aside) if name not in hashes]
+        self._store.finish(save.state.step, save.aside, hashes | hash_files(save.aside, rest), keep=self._keep)
+
+    @contextmanager
+    def _failing(self, step: int) -> Iterator[None]:
+        """Turn what can go wrong with a disk into a `SaveFailedError`, and remove what was written."""
+        try:
+            yield
+        except (OSError, UserError, CheckpointException, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _TORCH_COULD_NOT_WRITE.search(str(error)):
+                raise
+            words = self._failure(step, error)
+            if parallel.is_main_rank():
+                self._store.remove_leftovers()
+            raise SaveFailedError(words) from error
+
+    def _failure(self, step: int, error: BaseException) -> str:
+        older = self._store.steps()
+        kept = f"the one of step {older[-1]} is untouched" if older else "there is none before it"
+        what_next = "go on with --resume" if older else "start anew"
+        directory = self._store.directory
+        left = f", and {_in_words(shutil.disk_usage(directory).free)} are left there" if directory.is_dir() else ""
+        return (
+            f"step {step}: the checkpoint could not be written to {directory}: {_reason(error)}; it takes "
+            f"{_in_words(self._num_bytes)}{left}; {kept}. Make room, then {what_next}"
+        )
+
+
+def _write_own_files(aside: Path, state: SavedState, generators: list[dict[str, Any]]) -> None:
+    """Write what is not Megatron's."""
+    (aside / STATE).write_text(state.text())
+    # By way of memory: torch's own writer of files says nothing of why it could not write.
+    buffer = io.BytesIO()
+    torch.save(generators, buffer)
+    (aside / RANDOM).write_bytes(buffer.getvalue())
+
+
+def _on_host(request: AsyncRequest, *, copy: bool) -> list[tuple[str, str, tuple[Any, Any]]]:
+    """What this rank writes, by file: its path, its name, its bytes and tensors in host memory.
+
+    With `copy` no tensor shares memory with the run; what Megatron moved from a GPU never does.
+    """
+    if request.preload_fn is None:
+        return []
+    buckets = request.preload_fn()
+    if not copy:
+        return buckets
+    was_there = {id(tensor) for _, _, (_, tensors) in request.async_fn_args[1] for _, tensor in tensors}
+    return [
+        (path, name, (in_bytes, [(item, t.clone() if id(t) in was_there else t) for item, t in tensors]))
+        for path, name, (in_bytes, tensors) in buckets
+    ]
+
+
+def _hashes_of_all_ranks(writer: _Writer) -> dict[str, str]:
+    """The sha256 of each file that the ranks' threads wrote.
+
+    Raises:
+        UserError: on all ranks, where the thread of any met what an operating system may refuse.
+    """
+    if writer.error is not None and not isinstance(writer.error, OSError):
+        raise writer.error
+    refusal = str(writer.error) if writer.error is not None else None
+    parts: Sequence[tuple[dict[str, str], str | None]] = parallel.gather_objects((writer.hashes, refusal))
+    refuse_together(next((words for _, words in parts if words is not None), None))
+    return {name: digest for hashes, _ in parts for name, digest in hashes.items()}
+
+
+def _bytes_written_here(sharded: dict[str, Any]) -> int:
+    """Bytes of the tensors that this rank writes: each is written by the first rank that has it."""
+    held = (value for value in nested_values(sharded) if isinstance(value, ShardedTensor | ShardedTensorFactory))
+    return sum(value.data.nbytes for value in held if is_main_replica(value.replica_id))
+
+
+def _reason(error: BaseException) -> str:
+    """Why a save failed, in words of the operating system where it said something."""
+    words = str(error)
+    if isinstance(error, CheckpointException):
+        # The main rank has what each rank met; the others know only that some rank met something.
+        met = [str(failure) for failure, _ in error.failures.values()]
+        words = met[0].removeprefix("Worker failure: ") if met else "a rank could not write its part"
+    return "a file could not be written in full" if _TORCH_COULD_NOT_WRITE.search(words) else words
+
+
+def _in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.2f} MiB"
