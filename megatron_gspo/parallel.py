@@ -69,7 +69,9 @@ def initialize_distributed(timeout_s: float = 1800.0) -> None:
 
 
 def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
-    """Arrange the ranks as `parallel` says and seed every generator; a former arrangement is given up.
+    """Arrange the ranks as `parallel` says and seed every generator.
+
+    A former arrangement is given up, with its process groups; one of the same sizes stays, and is seeded anew.
 
     `parallel.data` is not read: the number of data-parallel replicas is what the world size leaves.
 
@@ -82,21 +84,59 @@ def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
     _check_divides(
         world_size, "expert_tensor, expert and pipeline", expert_tensor * parallel.expert * parallel.pipeline
     )
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        # Megatron takes 1 for an interleaved schedule with one chunk.
-        virtual_pipeline_model_parallel_size=None if parallel.virtual_pipeline == 1 else parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=expert_tensor,
-    )
+    if not _is_arranged_as(parallel, expert_tensor):
+        _give_up_arrangement()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            # Megatron takes 1 for an interleaved schedule with one chunk.
+            virtual_pipeline_model_parallel_size=None if parallel.virtual_pipeline == 1 else parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=expert_tensor,
+        )
     # This project draws from neither of the first two; libraries and rewards of one's own may.
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _is_arranged_as(parallel: ParallelSection, expert_tensor: int) -> bool:
+    """Whether the ranks are arranged in these sizes already."""
+    if not parallel_state.model_parallel_is_initialized():
+        return False
+    arranged = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    return arranged == (
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.virtual_pipeline or 1,
+        parallel.context,
+        parallel.expert,
+        expert_tensor,
+    )
+
+
+def _give_up_arrangement() -> None:
+    """Forget Megatron's groups, and end them.
+
+    Megatron's `destroy_model_parallel` forgets most of them only (megatron/core/parallel_state.py, 0.16.1): torch keeps
+    those, each with threads of gloo that wake up a hundred times a second for as long as the process lives.
+    """
+    # None stands for the group of all ranks.
+    groups = [group for group in parallel_state._global_process_group_list or [] if group is not None]
+    if groups:
+        dist.barrier()  # no rank still waits for another one in a group that this one ends
+    for group in groups:
+        dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def shutdown() -> None:
