@@ -6,7 +6,7 @@ and what is accepted.
 """
 
 from megatron_gspo.config.check import recipe_for_world_size, require_data_files
-from megatron_gspo.config.load import dump_recipe, load_recipe
+from megatron_gspo.config.load import dump_recipe, load_recipe, read_step_count
 from megatron_gspo.config.model_fit import check_recipe_against_model
 from megatron_gspo.config.schema import (
     BUILT_IN_TASKS,
@@ -21,10 +21,11 @@ from megatron_gspo.config.schema import (
     RewardSection,
     RolloutSection,
     RoutingSection,
-    Section,
     TrainingSection,
     WarmstartSection,
 )
+from megatron_gspo.config.section import Section
+from megatron_gspo.config.slurm import SlurmSection
 
 __all__ = [
     "BUILT_IN_TASKS",
@@ -40,11 +41,13 @@ __all__ = [
     "RolloutSection",
     "RoutingSection",
     "Section",
+    "SlurmSection",
     "TrainingSection",
     "WarmstartSection",
     "check_recipe_against_model",
     "dump_recipe",
     "load_recipe",
+    "read_step_count",
     "recipe_for_world_size",
     "require_data_files",
 ]
