@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from megatron_gspo.config.refusal import Refusal, not_accepted
 from megatron_gspo.config.section import NonNegative, Positive, Section, Switch, TextPath
@@ -54,7 +54,7 @@ class SlurmSection(Section):
     """Any other options, as on sbatch's command line: `--exclude=node7 --mail-type=END`."""
     compare_partition: SchedulerText | None = None
     """Where the comparison of an array's runs is drawn, on one CPU; null takes `partition`."""
-    save_before_limit_s: Positive = 300
+    save_before_limit_s: Annotated[int, Field(ge=1, le=65535)] = 300
     """Seconds before the time limit at which the job is told to save and go on later: a step and a save must fit."""
     requeue: Switch = True
     """Go on by requeueing the same job; off, or where the cluster refuses that, by a new job that follows this one."""
@@ -89,6 +89,21 @@ def check_slurm(section: SlurmSection) -> Iterator[Refusal]:
         if text is not None and not str(text).isprintable():
             yield not_accepted(f"slurm.{name}", str(text), "one line of printable characters")
     yield from _check_sbatch_options(section.sbatch_options)
+    limit_s = _seconds(section.time) if section.time is not None else None
+    if limit_s is not None and section.save_before_limit_s >= limit_s:
+        yield not_accepted(
+            "slurm.save_before_limit_s", section.save_before_limit_s, f"less than the time limit, {limit_s} s"
+        )
+
+
+def _seconds(time: str) -> int | None:
+    """A time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S. None for what is for sbatch to refuse."""
+    days, dash, clock = time.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in parts) or len(parts) > 3 or (dash and not days.isdecimal()):
+        return None
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(int(part) * unit for part, unit in zip(parts, units, strict=False))
 
 
 def _check_sbatch_options(text: str | None) -> Iterator[Refusal]:

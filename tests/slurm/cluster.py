@@ -216,3 +216,8 @@ def start_now(job: str) -> None:
     """Start a requeued job at once: SLURM has each wait about two minutes."""
     wait_for(lambda: job_details(job)["JobState"] == "PENDING", f"job {job} to be requeued", 300)
     run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
+if __name__ == "__main__":
+    reason = why_not()
+    print(f"tests/slurm: not run: SLURM {reason}" if reason else "tests/slurm: a real SLURM can be brought up here")
