@@ -107,10 +107,18 @@ def _submit_comparison(job_directory: Path, job: str) -> None:
 def _say_submitted(plan: Plan, job: str, output_dir: Path) -> None:
     slurm, runs = plan.recipe.slurm, plan.runs
     what = f"{len(runs)} runs of " if len(runs) > 1 else ""
-    gpus = f"{slurm.gpus_per_node} GPUs" if slurm.gpus_per_node else f"{plan.ranks_per_node} ranks on CPUs"
-    plural = "s" if slurm.nodes > 1 else ""
-    print(f"Submitted job {job}: {what}{slurm.nodes} node{plural} × {gpus}, {plan.recipe.training.steps} steps")
+    each = (
+        _counted(slurm.gpus_per_node, "GPU")
+        if slurm.gpus_per_node
+        else f"{_counted(plan.ranks_per_node, 'rank')} on CPUs"
+    )
+    nodes, steps = _counted(slurm.nodes, "node"), _counted(plan.recipe.training.steps, "step")
+    print(f"Submitted job {job}: {what}{nodes} × {each}, {steps}")
     print(f"Results: {output_dir}; what it says: {output_dir / 'slurm'}")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _remarks_on_directory(output_dir: Path, plan: Plan) -> list[str]:

@@ -213,9 +213,13 @@ def job_details(job: str) -> dict[str, str]:
 
 
 def start_now(job: str) -> None:
-    """Start a requeued job at once: SLURM has each wait about two minutes."""
+    """Start a requeued job soon: SLURM has each wait about two minutes.
+
+    A few seconds it must wait: nodes refuse a job whose credential is as old as the end of the attempt before it.
+    """
     wait_for(lambda: job_details(job)["JobState"] == "PENDING", f"job {job} to be requeued", 300)
-    run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait_for(lambda: not run("squeue", "-h", "--states=completing", "--jobs", job), f"job {job} to be gone", 300)
+    run("scontrol", "update", f"JobId={job}", "StartTime=now+4")
 
 
 if __name__ == "__main__":
