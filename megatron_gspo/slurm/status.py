@@ -124,14 +124,16 @@ def status_of(directory: Path) -> RunStatus:
 
 
 def read_attempts(directory: Path) -> list[Attempt]:
-    """What `train.sbatch` has noted, oldest first."""
+    """What `train.sbatch` has noted, oldest first; a line that was cut off when its node was lost is none."""
     file = directory / "slurm" / "attempts.txt"
     if not file.exists():
         return []
     attempts = []
     for line in file.read_text().splitlines():
-        _time, job, restart, event, checkpoint, _status = line.split()
-        attempts.append(Attempt(job, int(restart), event, int(checkpoint)))
+        words = line.split()
+        if len(words) == 6:
+            _time, job, restart, event, checkpoint, _status = words
+            attempts.append(Attempt(job, int(restart), event, int(checkpoint)))
     return attempts
 
 

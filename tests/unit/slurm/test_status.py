@@ -30,7 +30,9 @@ def test_a_run_that_has_not_started(submitted: Path):
 
 def test_a_run_that_gave_up(submitted: Path):
     notes = ["12_0 0 started 0 -", "12_0 0 stopped 4 75", "12_0 1 started 4 -", "12_0 1 gave_up 4 1"]
-    (submitted / "slurm/attempts.txt").write_text("".join(f"2026-01-01T00:00:00 {note}\n" for note in notes))
+    (submitted / "slurm/attempts.txt").write_text(
+        "".join(f"2026-01-01T00:00:00 {note}\n" for note in notes) + "2026-01-0"
+    )
     (submitted / "metrics.jsonl").write_text('{"step": 4, "reward/mean": 0.5}\n{"step": 5, "reward/mean": 0.25}\n{"st')
     assert [attempt.checkpoint for attempt in read_attempts(submitted)] == [0, 4, 4, 4]
     assert status_of(submitted).lines() == [
