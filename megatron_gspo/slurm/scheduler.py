@@ -108,6 +108,7 @@ def _advice(stderr: str) -> str:
         "account": "slurm.account",
         "QOS": "slurm.qos",
         "time limit": "slurm.time",
+        "node count": "slurm.nodes (sinfo shows how many a partition has)",
         "node configuration": "slurm.nodes, gpus_per_node, gpu_type, cpus_per_rank or memory",
         "gres": "slurm.gpu_request and gpu_type",
     }

@@ -57,6 +57,10 @@ class Submitted:
         """What happened to the run, from the batch script's notes."""
         return [line.split()[3] for line in (self.directory / "slurm/attempts.txt").read_text().splitlines()]
 
+    def events_so_far(self) -> list[str]:
+        """The same of a run that may not have started yet."""
+        return self.events() if (self.directory / "slurm/attempts.txt").exists() else []
+
     def log(self, restart: int | None = None) -> str:
         """What an attempt said; by default all of them."""
         pattern = "job_*_restart_*.log" if restart is None else f"job_*_restart_{restart}.log"
@@ -199,6 +203,7 @@ def test_a_job_out_of_requeues_stays_saved_goes_on_by_hand_and_is_not_requeued_w
 
 def test_a_job_that_fails_twice_at_the_same_step_stops_and_says_so(cluster: Cluster, recipe: Path):
     failing = submit(recipe.parent / "failing", recipe, "objective.name=tests.slurm.failing_objective:OBJECTIVE")
+    wait_for(lambda: "failed" in failing.events_so_far(), "the first failure", NEVER_S)
     start_now(failing.job)
     failing.wait_for_end("FAILED")
     assert failing.events() == ["started", "failed", "started", "failed", "gave_up"]
@@ -237,7 +242,7 @@ def test_arms_and_seeds_are_an_array_whose_comparison_waits_for_no_more_than_its
 REFUSALS = {
     "a partition that is not there": (("--partition", "nosuch"), "invalid partition specified: nosuch"),
     "more GPUs than nodes have": (("--gpus-per-node", 16), "Requested node configuration is not available"),
-    "more nodes than there are": (("--nodes", 5, "--gpus-per-node", 1), "slurm.nodes"),
+    "more nodes than there are": (("--nodes", 5, "--gpus-per-node", 1), "(see slurm.nodes"),
     "a time limit above the partition's": (("--time", "99-00:00:00"), "Requested time limit is invalid"),
     "a layout that does not fit": (("--nodes", 3), "accepted: a divisor of the layout's 2 ranks"),
 }
