@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_gspo import __version__, launch
+from megatron_gspo.slurm import arguments as slurm_arguments
 
 if TYPE_CHECKING:
     from megatron_gspo.config import Recipe
@@ -43,6 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--output-dir", type=Path, required=True, metavar="RUN", help="the run directory to write")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
     train.add_argument("--resume-from", type=int, metavar="STEP", help="go on from the checkpoint of this step instead")
+    train.add_argument(
+        "--ranks-per-node",
+        type=int,
+        metavar="N",
+        help="launch N ranks on this machine, one of those that srun started this on (slurm/train.sbatch does)",
+    )
 
     warmstart = _recipe_command(commands, "warmstart", "supervised cold start: train on demonstrations")
     warmstart.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
@@ -68,6 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("--csv", action="store_true", help="write a line a run as CSV too, beside the page")
     compare.add_argument("--anyway", action="store_true", help="compare runs of different tasks too")
 
+    slurm_arguments.add_submit(_recipe_command(commands, "submit", "train on a SLURM cluster"))
+    slurm_arguments.add_status(commands.add_parser("status", help="how submitted runs are getting on"))
+
     commands.add_parser("doctor", help="what this machine has, what will be used, what is missing")
     return parser
 
@@ -85,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "evaluate": _evaluate,
         "report": _report,
         "compare": _compare,
+        "submit": _submit,
+        "status": _status,
         "doctor": _doctor,
     }
     try:
@@ -145,7 +157,7 @@ def _train(parsed: argparse.Namespace, given: list[str]) -> int:
         finished = train(recipe, parsed.output_dir, resume=resume, resume_from=parsed.resume_from)
         return EXIT_DONE if finished else EXIT_STOPPED
 
-    return _on_ranks(recipe, given, run)
+    return _on_ranks(recipe, given, run, parsed.ranks_per_node)
 
 
 def _warmstart(parsed: argparse.Namespace, given: list[str]) -> int:
@@ -211,6 +223,22 @@ def _compare(parsed: argparse.Namespace, given: list[str]) -> int:
     return EXIT_DONE
 
 
+def _submit(parsed: argparse.Namespace, given: list[str]) -> int:
+    del given
+    from megatron_gspo.slurm.submit import submit
+
+    submit(slurm_arguments.read_submit(parsed))
+    return EXIT_DONE
+
+
+def _status(parsed: argparse.Namespace, given: list[str]) -> int:
+    del given
+    from megatron_gspo.slurm.status import print_status
+
+    print_status(parsed.target)
+    return EXIT_DONE
+
+
 def _doctor(parsed: argparse.Namespace, given: list[str]) -> int:
     del parsed, given
     from megatron_gspo.doctor import examine
@@ -257,13 +285,16 @@ def _is_first_rank() -> bool:
     return launch.place_of_this_process().rank == 0
 
 
-def _on_ranks(recipe: Recipe, given: list[str], run: Callable[[Recipe], int]) -> int:
+def _on_ranks(recipe: Recipe, given: list[str], run: Callable[[Recipe], int], ranks_per_node: int | None = None) -> int:
     """Run `run` on every rank the recipe needs: as one of them, or by starting them on this machine first.
 
-    A rank that fails leaves at once: its words are out before the others notice that it is gone, and complain.
+    With `ranks_per_node` that many are started here, the other machines' by the same program there. A rank that fails leaves at once: its words are out before the others notice that it is gone, and complain.
     """
     from megatron_gspo.config import recipe_for_world_size
 
+    node = launch.node_of_this_process()
+    if ranks_per_node is not None and node is not None:
+        return launch.run_ranks(ranks_per_node, given, node)
     place = launch.place_of_this_process()
     if place.launched:
         recipe = recipe_for_world_size(recipe, place.world_size)

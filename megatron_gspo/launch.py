@@ -50,24 +50,41 @@ def place_of_this_process(environment: Mapping[str, str] = os.environ) -> Place:
     return Place(0, 0, 1, launched=False)
 
 
-def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class Node:
+    """Which of a run's machines this is; on each one process launches the ranks."""
+
+    index: int = 0
+    count: int = 1
+
+
+def node_of_this_process(environment: Mapping[str, str] = os.environ) -> Node | None:
+    """The node that a launcher of ranks, started once a node by srun, is on; None in a process that is a rank itself."""
+    if "RANK" in environment:
+        return None
+    return Node(int(environment.get("SLURM_PROCID", 0)), int(environment.get("SLURM_STEP_NUM_TASKS", 1)))
+
+
+def run_ranks(num_ranks: int, arguments: Sequence[str], node: Node = Node()) -> int:
     """Run `python -m megatron_gspo ARGUMENTS` as `num_ranks` ranks on this machine, and wait for them.
 
-    SIGINT, SIGTERM and SIGUSR1 are passed on. When a rank fails the others are ended: they would wait for it for ever.
-    What a rank says on standard error is repeated here.
+    They are the ranks of a run on `node.count` machines that `MASTER_ADDR` and `MASTER_PORT` tell where to meet; on a
+    single one they meet by themselves. SIGINT, SIGTERM and SIGUSR1 are passed on. When a rank fails the others are ended:
+    they would wait for it for ever. What a rank says on standard error is repeated here.
     """
     environment = os.environ | {
-        "WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks))),
+        "WORLD_SIZE": str(num_ranks * node.count),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _num_cores() // num_ranks))),
     }
+    if node.count == 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     command = [sys.executable, "-m", "megatron_gspo", *arguments]
+    first = node.index * num_ranks
     ranks = [
         subprocess.Popen(
-            command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE
+            command, env=environment | {"RANK": str(first + local), "LOCAL_RANK": str(local)}, stderr=subprocess.PIPE
         )
-        for rank in range(num_ranks)
+        for local in range(num_ranks)
     ]
     speakers = [threading.Thread(target=_pass_on_words, args=(rank,), daemon=True) for rank in ranks]
     for speaker in speakers:
@@ -80,7 +97,7 @@ def run_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, pass_on)
     try:
-        return _wait(ranks)
+        return _wait(ranks, first)
     finally:
         _end(ranks)
         for speaker in speakers:
@@ -96,10 +113,10 @@ def _pass_on_words(rank: subprocess.Popen[bytes]) -> None:
         os.write(sys.stderr.fileno(), words)
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], first: int) -> int:
     while True:
         statuses = [rank.poll() for rank in ranks]
-        for rank, status in enumerate(statuses):
+        for rank, status in enumerate(statuses, start=first):
             if status is not None and status < 0:
                 name = signal.Signals(-status).name
                 print(f"megatron-gspo: rank {rank} was ended by {name}; the others are ended too", file=sys.stderr)
@@ -123,6 +140,11 @@ def _end(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             rank.kill()
             rank.wait()
+
+
+def _num_cores() -> int:
+    """The cores this process may use: a scheduler may have given it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

@@ -26,5 +26,8 @@ fi
 if [ $# -eq 0 ]; then
   set -- tests
 fi
+# A SLURM for tests/slurm, where this is root on Debian; where there can be none, those tests are skipped, and it is said.
+bash tools/install_slurm.sh || true
 # A file a worker, so that what its tests share is made once.
 stage "tests" python -m pytest --numprocesses 2 --dist loadfile --durations=8 "$@"
+python -m tests.slurm.cluster

@@ -6,7 +6,7 @@ and what is accepted.
 """
 
 from megatron_gspo.config.check import check_recipe, recipe_for_world_size, require_data_files
-from megatron_gspo.config.load import dump_recipe, load_recipe
+from megatron_gspo.config.load import dump_recipe, load_recipe, read_step_count
 from megatron_gspo.config.model_fit import check_recipe_against_model
 from megatron_gspo.config.schema import (
     BUILT_IN_TASKS,
@@ -21,11 +21,12 @@ from megatron_gspo.config.schema import (
     RewardSection,
     RolloutSection,
     RoutingSection,
-    Section,
     SglangSection,
     TrainingSection,
     WarmstartSection,
 )
+from megatron_gspo.config.section import Section
+from megatron_gspo.config.slurm import SlurmSection
 
 __all__ = [
     "BUILT_IN_TASKS",
@@ -42,12 +43,14 @@ __all__ = [
     "RoutingSection",
     "Section",
     "SglangSection",
+    "SlurmSection",
     "TrainingSection",
     "WarmstartSection",
     "check_recipe",
     "check_recipe_against_model",
     "dump_recipe",
     "load_recipe",
+    "read_step_count",
     "recipe_for_world_size",
     "require_data_files",
 ]

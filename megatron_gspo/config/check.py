@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_gspo.config.refusal import Refusal, nearest_name, not_accepted
 from megatron_gspo.config.schema import BUILT_IN_TASKS, Recipe
 from megatron_gspo.config.sglang import check_sglang
+from megatron_gspo.config.slurm import check_slurm
 from megatron_gspo.import_path import is_import_path
 from megatron_gspo.types import UserError
 
@@ -29,6 +30,7 @@ def check_recipe(recipe: Recipe) -> list[Refusal]:
         _check_evaluation,
         _check_data,
         check_sglang,
+        lambda recipe: check_slurm(recipe.slurm),
     )
     return [refusal for check in checks for refusal in check(recipe)]
 

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from megatron_gspo.config.refusal import Refusal, nearest_name, not_accepted
-from megatron_gspo.config.schema import Recipe, Section
+from megatron_gspo.config.schema import Recipe
+from megatron_gspo.config.section import Section
 
 
 def _walk(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo, bool]]:

@@ -164,3 +164,10 @@ def _descend(nested: dict[str, Any], section: str) -> dict[str, Any]:
     for name in section.split(".") if section else ():
         nested = nested.setdefault(name, {})
     return nested
+
+
+def read_step_count(path: Path) -> int:
+    """`training.steps` of a resolved recipe, without checking the rest of it: its model need not be there any more."""
+    steps = _read_file(path)["training.steps"].value
+    assert isinstance(steps, int), "a recipe that was checked when it was written"
+    return steps

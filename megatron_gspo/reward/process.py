@@ -106,13 +106,18 @@ class RewardProcess:
         return dict(json.loads(reply))
 
     def _start(self) -> None:
-        # A session of its own: Ctrl-C is the trainer's, and what the reward itself starts can be ended with it.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_gspo.reward.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        # A session of its own: Ctrl-C is the trainer's, and what the reward itself starts can be ended with it. Being asked
+        # to stop is the trainer's as well, but SLURM signals every process of a job: the worker has these blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_gspo.reward.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._loaded.clear()
 
     def _ended(self) -> str:

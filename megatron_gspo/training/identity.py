@@ -22,6 +22,7 @@ MAY_DIFFER = (
     "parallel",
     "evaluation",
     "logging",
+    "slurm",
     "warmstart",
     "data.eval",
     "model.path",  # where it lies; that it is the same model is checked by itself

@@ -93,8 +93,9 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from
     finished = last >= recipe.training.steps
     if finished:
         save_policy(run, last, output_dir)
+    # No rank leaves before the main one is done: a launcher may end what lives on after the first has gone.
+    on_main_rank(lambda: write_report(output_dir))
     if parallel.is_main_rank():
-        write_report(output_dir)
         say_what_next(recipe, output_dir) if finished else say_how_to_go_on(last, output_dir)
     return finished
 

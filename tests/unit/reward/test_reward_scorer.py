@@ -13,7 +13,7 @@ from megatron_gspo.reward import RewardScorer, ScoringItem
 from megatron_gspo.types import Prompt, UserError
 
 REWARDS_OF_A_USER = '''
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time
 import numpy as np
 
 def length(prompt, response_text, finished):
@@ -45,6 +45,9 @@ def as_told(prompt, response_text, finished):
         case "negative": return -2.0
         case "child": subprocess.Popen(["sleep", "321.25"]); time.sleep(60)
         case "pid": return float(os.getpid())
+        case "asked to stop":
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
     return 0.5
 
 not_a_function = 3
@@ -109,7 +112,16 @@ def test_a_reward_that_fails_scores_0_and_is_counted_and_logged(
 
 
 @pytest.mark.parametrize(
-    ("told", "reward"), [("print", 0.5), ("read", 1.0), ("numpy", 0.25), ("bool", 1.0), ("row", 0.75), ("torch", 0.0)]
+    ("told", "reward"),
+    [
+        ("print", 0.5),
+        ("read", 1.0),
+        ("numpy", 0.25),
+        ("bool", 1.0),
+        ("row", 0.75),
+        ("torch", 0.0),
+        ("asked to stop", 0.5),  # as SLURM asks every process of a job, and means the trainer
+    ],
 )
 def test_what_a_reward_may_do(
     told: str, reward: float, user_module: str, open_scorer: Callable[..., RewardScorer]
