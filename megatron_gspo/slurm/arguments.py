@@ -6,8 +6,6 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_gspo.types import UserError
-
 #: Options that are short for a field of the recipe's `slurm` section.
 SHORT_FOR = {
     "--nodes": "nodes",
@@ -81,5 +79,7 @@ def _seeds(text: str | None) -> tuple[int, ...]:
         return ()
     seeds = text.split(",")
     if not all(seed.strip().isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
+        from megatron_gspo.types import UserError  # brings NumPy, which `--help` does without
+
         raise UserError(f"--seeds is {text!r}; accepted: different whole numbers separated by commas: 1,2,3")
     return tuple(int(seed) for seed in seeds)

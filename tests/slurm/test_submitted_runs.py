@@ -149,7 +149,7 @@ def test_a_job_told_to_save_requeues_itself_and_one_that_loses_a_node_starts_aga
     assert events[:3] == ["started", "stopped", "started"]
     assert events[-2:] == ["started", "done"]
     notes = (life.run.directory / "slurm/attempts.txt").read_text().splitlines()
-    assert all(re.fullmatch(r"\S+ \d+ \d (\w+) \d+ (\d+|-)", note) for note in notes)
+    assert all(re.fullmatch(r"\S+ \d+ \d (\w+) \d+ (-?\d+|-)", note) for note in notes)
     assert job_details(life.run.job)["Restarts"] == "2"
     assert "asked to save and stop" in life.run.log(0)
     assert "going on from" in life.run.log(1)
