@@ -288,7 +288,8 @@ def _is_first_rank() -> bool:
 def _on_ranks(recipe: Recipe, given: list[str], run: Callable[[Recipe], int], ranks_per_node: int | None = None) -> int:
     """Run `run` on every rank the recipe needs: as one of them, or by starting them on this machine first.
 
-    With `ranks_per_node` that many are started here, the other machines' by the same program there. A rank that fails leaves at once: its words are out before the others notice that it is gone, and complain.
+    With `ranks_per_node` that many are started here, the other machines' by the same program there. A rank that fails
+    leaves at once: its words are out before the others notice that it is gone, and complain.
     """
     from megatron_gspo.config import recipe_for_world_size
 

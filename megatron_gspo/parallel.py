@@ -79,12 +79,12 @@ def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
         UserError: the sizes do not divide the number of ranks.
     """
     world_size = dist.get_world_size()
-    expert_tensor = parallel.expert_tensor or parallel.tensor
+    expert_tensor = parallel.expert_tensor_size
     _check_divides(world_size, "tensor, context and pipeline", parallel.tensor * parallel.context * parallel.pipeline)
     _check_divides(
         world_size, "expert_tensor, expert and pipeline", expert_tensor * parallel.expert * parallel.pipeline
     )
-    if not _is_arranged_as(parallel, expert_tensor):
+    if not _is_arranged_as(parallel):
         _give_up_arrangement()
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -102,7 +102,7 @@ def initialize_model_parallel(parallel: ParallelSection, seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _is_arranged_as(parallel: ParallelSection, expert_tensor: int) -> bool:
+def _is_arranged_as(parallel: ParallelSection) -> bool:
     """Whether the ranks are arranged in these sizes already."""
     if not parallel_state.model_parallel_is_initialized():
         return False
@@ -120,7 +120,7 @@ def _is_arranged_as(parallel: ParallelSection, expert_tensor: int) -> bool:
         parallel.virtual_pipeline or 1,
         parallel.context,
         parallel.expert,
-        expert_tensor,
+        parallel.expert_tensor_size,
     )
 
 

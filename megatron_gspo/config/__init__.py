@@ -21,11 +21,11 @@ from megatron_gspo.config.schema import (
     RewardSection,
     RolloutSection,
     RoutingSection,
-    SglangSection,
     TrainingSection,
     WarmstartSection,
 )
 from megatron_gspo.config.section import Section
+from megatron_gspo.config.sglang import SglangSection
 from megatron_gspo.config.slurm import SlurmSection
 
 __all__ = [

@@ -1,13 +1,66 @@
-"""What must hold in `rollout.sglang`: where servers may listen, what is asked of running ones, which flags are passed on."""
+"""The recipe's `rollout.sglang`: SGLang servers, and what must hold of them.
+
+Where servers may listen, what is asked of running ones, which flags are passed on.
+"""
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import urlsplit
 
+from pydantic import Field
+
 from megatron_gspo.config.refusal import Refusal, nearest_name, not_accepted
-from megatron_gspo.config.schema import Recipe, SglangSection
+from megatron_gspo.config.section import NonNegative, Positive, PositiveFloat, Section, TextPath
+
+if TYPE_CHECKING:
+    from megatron_gspo.config.schema import Recipe
+
+
+class SglangSection(Section):
+    """SGLang servers, for `rollout.engine: sglang`: started by the trainer's first rank, or running already (`urls`)."""
+
+    urls: str | None = None
+    """Servers that run already, separated by commas: http://10.0.0.5:30000,http://10.0.0.6:30000. Null starts servers."""
+    key_file: TextPath | None = None
+    """File (mode 0600) with the key of the servers in `urls`. Servers started here get a random key of their own."""
+    num_servers: Positive = 1
+    """Servers to start."""
+    tensor_parallel: Positive = 1
+    """GPUs a server's model is spread over."""
+    first_gpu: NonNegative = 0
+    """Where servers' GPUs begin on their machine: server i takes `tensor_parallel` from first_gpu + i × tensor_parallel."""
+    host: str = "127.0.0.1"
+    """Address to listen on: loopback, or the machine's private address where ranks run on other machines."""
+    first_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    """Server i listens on first_port + i; null takes free ports."""
+    python: TextPath | None = None
+    """The Python that has SGLang. Null takes $MEGATRON_GSPO_SGLANG_PYTHON, else `.venv-sglang` beside this package."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What servers compute in; null takes `model.dtype`."""
+    memory_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.8
+    """Share of the memory for weights and key-value cache together (SGLang's --mem-fraction-static)."""
+    max_total_tokens: Positive | None = None
+    """Tokens the key-value cache holds; null takes what memory leaves on a GPU, and 65,536 on the CPU."""
+    extra_flags: str | None = None
+    """Further flags of SGLang, separated by spaces; accepted are those of `EXTRA_FLAGS` below."""
+    max_requests_in_flight: Positive = 128
+    """Responses a server samples at one time, of all ranks together; more wait in the trainer."""
+    weights_dir: TextPath | None = None
+    """Where weights are written for servers to load; null takes a temporary directory of this machine."""
+    startup_timeout_s: PositiveFloat = 900.0
+    """How long servers may take to come up."""
+    request_timeout_s: PositiveFloat = 1800.0
+    """How long a server may be silent over a response before it is asked of another one; above the longest sampling."""
+    outage_timeout_s: PositiveFloat = 900.0
+    """How long a step waits while no server answers."""
+
+    def server_urls(self) -> list[str]:
+        """`urls`, one by one, without a slash at the end; empty where servers are started."""
+        return [url.strip().rstrip("/") for url in (self.urls or "").split(",") if url.strip()]
+
 
 #: Flags of SGLang 0.5.21 that a recipe may add. They tune speed and memory. None opens a port, loads code or adapters,
 #: changes what is sampled, or is set by this project itself.

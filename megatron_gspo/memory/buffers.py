@@ -4,7 +4,8 @@ In: the parameters of one chunk that are reduced over one group. Out: the elemen
 how many parameter elements each data-parallel rank updates.
 
 The rules are those of Megatron-Core 0.16.1, distributed/param_and_grad_buffer.py (`_ParamAndGradBuffer.__init__`) without
-overlap, as `training/optimizer.py` asks for it: one bucket a buffer, but one more for a tied embedding. With the
+overlap: one bucket a buffer, but one more for a tied embedding. Under `parallel.overlap_gradient_reduce` there are more
+buckets, and the padding at the end of each of those is not reckoned. With the
 distributed optimizer every parameter begins at a multiple of 64 elements, and a bucket ends at a multiple of 128 and of
 the number of ranks, each of which owns an equal part of it (optimizer/distrib_optimizer.py).
 """

@@ -1,7 +1,8 @@
 """A recipe's memory on the rank that needs most of it.
 
 In: a recipe. Out: a `MemoryEstimate`: for every pipeline stage the parts of its fullest rank, in bytes. Lengths are at
-their limits throughout: every prompt and response as long as the recipe allows, every token one of a response.
+their limits throughout: every prompt and response as long as the recipe allows, every token one of a response. Tokens
+reach their experts by `alltoall`, whatever `parallel.dispatcher` is.
 
 What stays all the time is added up. Of what comes and goes (the forward and backward passes with their logits, Adam's
 step, the weights' way to the rollout engine, sampling by the local engine) only the largest counts.

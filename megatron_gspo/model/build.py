@@ -101,7 +101,6 @@ def transformer_config(
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[model.dtype]
     machine = detect_machine()
     with_engine = uses_transformer_engine(model)
-    interleaved = num_chunks(parallel) > 1
     with warnings.catch_warnings():
         # Megatron warns that recomputing the core attention may be needless with Transformer Engine.
         warnings.filterwarnings("ignore", message="If you are using transformer_engine")
@@ -124,18 +123,8 @@ def transformer_config(
             attention_dropout=0.0,
             **_moe_options(hf_config, load_balance_coefficient),
             **_recompute_options(hf_config, model),
-            tensor_model_parallel_size=parallel.tensor,
-            sequence_parallel=parallel.tensor > 1,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=parallel.expert_tensor or parallel.tensor,
-            context_parallel_size=parallel.context,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=num_chunks(parallel) if interleaved else None,
+            **_parallel_options(parallel),
             pipeline_dtype=dtype,
-            moe_token_dispatcher_type=parallel.dispatcher,
-            # With two stages the next one is also the previous one: Megatron's batched sends would cross there.
-            overlap_p2p_comm=interleaved,
-            batch_p2p_comm=not interleaved,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,
             calculate_per_token_loss=True,
@@ -153,6 +142,24 @@ def transformer_config(
     # `allgather`; what that cannot take is ranks that differ at one time, which config/check.py refuses.
     config.variable_seq_lengths = True
     return config
+
+
+def _parallel_options(parallel: ParallelSection) -> dict[str, object]:
+    """How the model is divided over the ranks."""
+    interleaved = num_chunks(parallel) > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "sequence_parallel": parallel.tensor > 1,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+        "context_parallel_size": parallel.context,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": num_chunks(parallel) if interleaved else None,
+        "moe_token_dispatcher_type": parallel.dispatcher,
+        # With two stages the next one is also the previous one: Megatron's batched sends would cross there.
+        "overlap_p2p_comm": interleaved,
+        "batch_p2p_comm": not interleaved,
+    }
 
 
 def check_layout(hf_config: HfConfig, model: ModelSection, parallel: ParallelSection) -> None:

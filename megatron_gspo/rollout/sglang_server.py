@@ -25,6 +25,7 @@ from pathlib import Path
 import httpx
 
 from megatron_gspo.config import SglangSection
+from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION
 from megatron_gspo.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,8 @@ def find_python(section: SglangSection) -> Path:
     if not os.access(python, os.X_OK):
         named = "rollout.sglang.python" if section.python else f"${PYTHON_VARIABLE}" if given else "SGLang's Python"
         raise UserError(
-            f"{named} is {python}, which cannot be run; accepted: the Python of an environment with SGLang 0.5.21 "
-            "(`bash tools/install_sglang_cpu.sh` makes one without CUDA)"
+            f"{named} is {python}, which cannot be run; accepted: the Python of an environment with SGLang "
+            f"{SUPPORTED_VERSION} (`bash tools/install_sglang_cpu.sh` makes one without CUDA)"
         )
     return python
 

@@ -6,8 +6,9 @@ In `RUN/checkpoints/step_N` lie Megatron's distributed checkpoint of model and o
     random.pt    the states of every rank's random generators
     manifest.json  the sha256 of all other files
 
-`checkpoint_saver.py` writes it. In: its directory. Out: the same run, bit for bit where the layout is the same too. Megatron keeps its index in Python's pickle format:
-go on from checkpoints of your own, and hand policies to others as Hugging Face checkpoints.
+`checkpoint_saver.py` writes it. In: its directory. Out: the same run, bit for bit where the layout is the same too.
+Megatron keeps its index in Python's pickle format: go on from checkpoints of your own, and hand policies to others as
+Hugging Face checkpoints.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -77,10 +78,10 @@ def verify_weights(
     token_ids = [(1 + 7919 * position) % len(tokenizer) for position in range(PROBE_TOKENS)]
     sample = Sample(
         index=0,
-        prompt_token_ids=torch.tensor(token_ids[:1]).numpy(),
-        response_token_ids=torch.tensor(token_ids[1:]).numpy(),
+        prompt_token_ids=np.array(token_ids[:1]),
+        response_token_ids=np.array(token_ids[1:]),
         advantage=0.0,
-        behaviour_log_probs=torch.zeros(PROBE_TOKENS - 1).numpy(),
+        behaviour_log_probs=np.zeros(PROBE_TOKENS - 1, dtype=np.float32),
     )
     micro_batches = pack_samples([sample], recipe, pad_token_id(tokenizer))
     found = token_log_probs(chunks, micro_batches, temperature=1.0)

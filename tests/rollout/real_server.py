@@ -172,17 +172,26 @@ def faulty_proxy(server: str, faults: Sequence[str]) -> Iterator[str]:
             self.wfile.write(content[: len(content) - cut])
             self.close_connection = cut > 0
 
-    proxy = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
-    proxy.daemon_threads = True
-    thread = threading.Thread(target=proxy.serve_forever)
+    with _serving(Proxy) as url:
+        try:
+            yield url
+        finally:
+            ending.set()
+
+
+@contextmanager
+def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server on loopback that answers by `handler`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{proxy.server_address[1]}"
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
-        ending.set()
-        proxy.shutdown()
+        server.shutdown()
         thread.join()
-        proxy.server_close()
+        server.server_close()
 
 
 def wait_until_gone(pid: int, timeout_s: float = 60.0) -> bool:

@@ -231,6 +231,8 @@ def test_arms_and_seeds_are_an_array_whose_comparison_waits_for_no_more_than_its
     said = (output / f"slurm/compare_{comparison}.log").read_text()
     directories = " ".join(str(task.directory) for task in tasks)
     assert f"megatron-gspo compare {directories} --output {output}/compare.html" in said
+    assert job_details(comparison)["JobState"] == "COMPLETED", said
+    assert "<html" in (output / "compare.html").read_text()
 
 
 REFUSALS = {
