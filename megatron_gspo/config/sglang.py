@@ -48,8 +48,16 @@ class SglangSection(Section):
     """Further flags of SGLang, separated by spaces; accepted are those of `EXTRA_FLAGS` below."""
     max_requests_in_flight: Positive = 128
     """Responses a server samples at one time, of all ranks together; more wait in the trainer."""
+    weight_transport: Literal["disk", "broadcast"] = "disk"
+    """How weights reach servers: `disk`, files that they load; `broadcast`, process groups with them (NCCL, gloo on the CPU)."""
     weights_dir: TextPath | None = None
-    """Where weights are written for servers to load; null takes a temporary directory of this machine."""
+    """Where `disk` writes weights for servers to load; null takes a temporary directory of this machine."""
+    weight_bucket_bytes: Positive = 512 * 1024**2
+    """Bytes that `broadcast` sends at one time; a single larger weight goes by itself."""
+    weight_timeout_s: PositiveFloat = 300.0
+    """How long a server may take over one bucket of `broadcast`, or to join its group, before it is out of use."""
+    release_memory: bool = False
+    """Have servers give back the memory of weights and key-value cache during the update; for servers on the trainer's GPUs."""
     startup_timeout_s: PositiveFloat = 900.0
     """How long servers may take to come up."""
     request_timeout_s: PositiveFloat = 1800.0
@@ -92,6 +100,7 @@ def check_sglang(recipe: Recipe) -> Iterator[Refusal]:
             )
         return
     section = recipe.rollout.sglang
+    yield from _check_weights(section)
     yield from _check_running_servers(section)
     yield from _check_address(section)
     for flag in (section.extra_flags or "").split():
@@ -99,6 +108,15 @@ def check_sglang(recipe: Recipe) -> Iterator[Refusal]:
         if name not in EXTRA_FLAGS:
             accepted = f"--flag=value or --flag of SGLang's {', '.join(EXTRA_FLAGS)}{nearest_name(name, EXTRA_FLAGS)}"
             yield Refusal("rollout.sglang.extra_flags", f"has {name}; accepted: {accepted}")
+
+
+def _check_weights(section: SglangSection) -> Iterator[Refusal]:
+    if section.weight_transport == "broadcast" and section.weights_dir is not None:
+        yield not_accepted(
+            "rollout.sglang.weights_dir",
+            str(section.weights_dir),
+            "null under rollout.sglang.weight_transport: broadcast, which writes no files",
+        )
 
 
 def _check_running_servers(section: SglangSection) -> Iterator[Refusal]:
@@ -117,10 +135,11 @@ def _check_running_servers(section: SglangSection) -> Iterator[Refusal]:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.path or parts.query:
             yield not_accepted("rollout.sglang.urls", url, "http://HOST:PORT, or several separated by commas")
-        elif section.weights_dir is None and not _is_loopback(parts.hostname):
+        elif section.weight_transport == "disk" and section.weights_dir is None and not _is_loopback(parts.hostname):
             yield Refusal(
                 "rollout.sglang.weights_dir",
-                f"is null, and {url} is on another machine; accepted: a directory that both machines see under one path",
+                f"is null, and {url} is on another machine; accepted: a directory that both machines see under one path, "
+                "or rollout.sglang.weight_transport: broadcast",
             )
     if section.key_file is None:
         yield not_accepted("rollout.sglang.key_file", None, "a file (mode 0600) with the key of rollout.sglang.urls")

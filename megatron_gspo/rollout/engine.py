@@ -55,6 +55,13 @@ class RolloutEngine(Protocol):
         of two policies.
         """
 
+    def release_memory(self) -> None:
+        """Give back, until the next `update_weights`, what memory an engine that shares the trainer's devices can spare.
+
+        To be called when no process of the run has a response under way. Generating before the update is a RuntimeError
+        where memory was given back.
+        """
+
     def take_counts(self) -> dict[str, float]:
         """What happened since this was last asked, as counts by metric name; empty where nothing can happen."""
 

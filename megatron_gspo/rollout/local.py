@@ -118,6 +118,9 @@ class LocalEngine:
         groups = range(0, len(responses), responses_per_prompt)
         return [tuple(responses[start : start + responses_per_prompt]) for start in groups]
 
+    def release_memory(self) -> None:
+        """See `RolloutEngine.release_memory`: its one copy of the weights is what the next ones are written to."""
+
     def take_counts(self) -> dict[str, float]:
         """Nothing happens to this engine that is worth counting."""
         return {}

@@ -11,10 +11,11 @@ requests arrive.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,17 @@ import torch
 from megatron_gspo.config import Recipe
 from megatron_gspo.rollout.sglang_client import Endpoint, SglangClient
 from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
+from megatron_gspo.rollout.sglang_memory import release, resume_cache, resume_weights
 from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION, RoutesShape, dense_layers
 from megatron_gspo.rollout.sglang_server import ServerModel, SglangServers, read_key
-from megatron_gspo.rollout.weight_sync import DiskWeightSync
+from megatron_gspo.rollout.weight_broadcaster import WeightBroadcaster
+from megatron_gspo.rollout.weight_sync import WeightSync
+from megatron_gspo.rollout.weight_sync_broadcast import BroadcastWeightSync
+from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from megatron_gspo.types import Prompt, Response, SamplingSettings, TrainingFailedError, UserError
+
+#: What a server may take to answer beside the time limit of what it is asked to do.
+ANSWER_MARGIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class ServerHost:
         """
         section = recipe.rollout.sglang
         require_servable(recipe)
+        self.on_cpu = on_cpu
         self._directory = tempfile.TemporaryDirectory(prefix="megatron_gspo_sglang_")  # mode 0700
         private = Path(self._directory.name)
         self.servers: SglangServers | None = None
@@ -100,7 +109,8 @@ class SglangEngine:
         """
         section = recipe.rollout.sglang
         self._host = host
-        self._sync = DiskWeightSync(connection.weights_dir, connection.run_id)
+        self._sync = _weight_sync(recipe, connection, host)
+        self._shares_memory = section.release_memory
         self._http = SglangHttp(connection.key, section.request_timeout_s)
         replays = recipe.routing.replay == "r3"
         self._client = SglangClient(
@@ -113,7 +123,11 @@ class SglangEngine:
         )
         self._version: int | None = None
         self._closed = False
-        self._http.run(self._look_at_servers(return_routed_experts=replays))
+        try:
+            self._http.run(self._look_at_servers(return_routed_experts=replays))
+        except BaseException:
+            self._sync.close()
+            raise
 
     @property
     def weight_version(self) -> int:
@@ -139,10 +153,20 @@ class SglangEngine:
         """
         self._version = None
         if self._host is not None:
+            released = self._http.run(self._resume_weights())
             self._sync.publish(weights, version)
             self._http.run(self._client.send_weights(version))
+            self._http.run(self._on_each(released, resume_cache))
             self._sync.forget_before(version)
         self._version = version
+
+    def release_memory(self) -> None:
+        """See `RolloutEngine.release_memory`. Where the recipe does not ask for it, nothing is done."""
+        if self._host is not None and self._shares_memory and self._version is not None:
+            label = self._sync.label(self._version)
+            in_use = [endpoint for endpoint in self._client.endpoints if not endpoint.is_out]
+            self._version = None
+            self._http.run(self._on_each(in_use, lambda http, url: release(http, url, label)))
 
     def verify_weights(self, token_ids: Sequence[int], log_probs: torch.Tensor, tolerance: float) -> None:
         """Compare what each server in use computes for a sequence with the trainer's log-probs; on their owner alone.
@@ -174,6 +198,7 @@ class SglangEngine:
         """See `RolloutEngine.take_counts`: retries, stale responses, re-synchronisations, and servers started again."""
         names = ("rollout/num_retries", "rollout/num_stale_responses", "rollout/num_resyncs")
         counts = {name: float(self._client.counts[name]) for name in names}
+        counts["rollout/num_resyncs"] += self._sync.take_resyncs()
         self._client.counts.clear()
         restarts = self._host.servers.take_restarts() if self._host is not None and self._host.servers else 0
         return counts | {"rollout/num_restarts": float(restarts)}
@@ -181,8 +206,35 @@ class SglangEngine:
     def close(self) -> None:
         """See `RolloutEngine.close`."""
         self._closed = True
+        self._sync.close()
         if self._host is not None:
             self._host.close()
+
+    async def _resume_weights(self) -> list[Endpoint]:
+        """The servers that had released their memory, which now have that of the weights again."""
+        if not self._shares_memory:
+            return []
+        released: list[Endpoint] = []
+
+        async def resume(http: SglangHttp, url: str) -> None:
+            if await resume_weights(http, url):
+                released.append(next(endpoint for endpoint in self._client.endpoints if endpoint.url == url))
+
+        await self._on_each(self._client.endpoints, resume)
+        return released
+
+    async def _on_each(
+        self, endpoints: Sequence[Endpoint], do: Callable[[SglangHttp, str], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Ask something of servers at the same time; one that fails over it is out of use."""
+        results = await asyncio.gather(
+            *(do(self._http, endpoint.url) for endpoint in endpoints), return_exceptions=True
+        )
+        for endpoint, result in zip(endpoints, results, strict=True):
+            if isinstance(result, ServerFaultError):
+                self._client.take_out(endpoint, str(result))
+            elif result is not None:
+                raise result
 
     async def _look_at_servers(self, *, return_routed_experts: bool) -> None:
         for endpoint in self._client.endpoints:
@@ -204,6 +256,30 @@ class SglangEngine:
                 f"routing.replay: r3 replays the servers' routes, and the server at {endpoint.url} was started without "
                 "--enable-return-routed-experts"
             )
+        on_gpu = str(info.get("device")) != "cpu"
+        if self._shares_memory and on_gpu and not info.get("enable_memory_saver"):
+            raise UserError(
+                f"rollout.sglang.release_memory: the server at {endpoint.url} was started without --enable-memory-saver"
+            )
+
+
+def _weight_sync(recipe: Recipe, connection: ServerConnection, host: ServerHost | None) -> WeightSync:
+    """The recipe's way for weights to reach servers."""
+    section = recipe.rollout.sglang
+    if section.weight_transport == "disk":
+        return DiskWeightSync(connection.weights_dir, connection.run_id)
+    if host is None:
+        return BroadcastWeightSync(connection.run_id, None)
+    broadcaster = WeightBroadcaster(
+        connection.urls,
+        SglangHttp(connection.key, section.weight_timeout_s + ANSWER_MARGIN_S),
+        # NCCL does not take two ranks on one GPU.
+        backend="gloo" if host.on_cpu or section.release_memory else "nccl",
+        bucket_bytes=section.weight_bucket_bytes,
+        timeout_s=section.weight_timeout_s,
+        restart=host.servers.restart if host.servers is not None else None,
+    )
+    return BroadcastWeightSync(connection.run_id, broadcaster)
 
 
 def require_servable(recipe: Recipe) -> None:

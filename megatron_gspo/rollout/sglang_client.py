@@ -235,8 +235,9 @@ class SglangClient:
             try:
                 await self._http.ask(endpoint.url, "/health")
                 if await self._weight_label(endpoint) != label:
-                    await self._sync.send(self._http, endpoint.url, sampling.version)
-                    self.counts["rollout/num_resyncs"] += 1
+                    self.counts["rollout/num_resyncs"] += await self._sync.send(
+                        self._http, endpoint.url, sampling.version
+                    )
                 if await self._weight_label(endpoint) == label:
                     break
                 endpoint.fault = f"{endpoint.url} does not keep the weights it is given"

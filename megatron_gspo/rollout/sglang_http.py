@@ -87,8 +87,8 @@ class SglangHttp:
             raise ServerFaultError(said)
         if status != httpx.codes.OK:
             raise RequestRefusedError(said)
-        if not response.content:
-            return None  # the health endpoint says all by its status
+        if not response.content or response.headers.get("content-type", "").startswith("text/plain"):
+            return None  # these endpoints say all by their status
         try:
             return response.json()
         except ValueError as error:

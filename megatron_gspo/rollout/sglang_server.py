@@ -10,6 +10,7 @@ anything. Servers end with this process, whatever ends it.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import secrets
@@ -92,18 +93,22 @@ def launch_command(
     if section.max_total_tokens is not None or model.on_cpu:
         flags["--max-total-tokens"] = str(section.max_total_tokens or CPU_CACHE_TOKENS)
     switches = ["--skip-tokenizer-init"] + ["--enable-return-routed-experts"] * model.return_routed_experts
+    # On the CPU there is no memory saver, and nothing it could save.
+    switches += ["--enable-memory-saver"] * (section.release_memory and not model.on_cpu)
     named = [part for name, value in flags.items() for part in (name, value)]
     # -P keeps the launcher's own directory, and with it this package's module names, out of the server's imports.
     return [str(python), "-P", str(LAUNCHER), str(key_file), *named, *switches, *(section.extra_flags or "").split()]
 
 
-def server_environment(on_cpu: bool) -> dict[str, str]:
-    """The environment of a server: this process's, without what belongs to a rank."""
+def server_environment(on_cpu: bool, host: str = "127.0.0.1") -> dict[str, str]:
+    """The environment of a server that listens on `host`: this process's, without what belongs to a rank."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if name not in NOT_FOR_SERVERS and not name.startswith(("TORCHELASTIC_", "SGLANG_"))
     }
+    if ipaddress.ip_address(host).is_loopback:
+        kept |= {"GLOO_SOCKET_IFNAME": "lo"}  # else gloo listens on the address of the machine's name
     return kept | ({"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
 
 
@@ -193,6 +198,14 @@ class SglangServers:
         """The servers' processes that run; each leads a process group."""
         return [server.process.pid for server in self._servers if server.process and server.process.poll() is None]
 
+    def restart(self, url: str) -> None:
+        """End a server that answers no more; it is started again as one that died."""
+        for server in self._servers:
+            if server.url == url and server.process is not None and server.process.poll() is None:
+                logger.warning("SGLang server %d is silent and is ended", server.index)
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(server.process.pid, signal.SIGKILL)
+
     def take_restarts(self) -> int:
         """Restarts since this was last asked."""
         taken, self.restarts = self.restarts, 0
@@ -214,7 +227,7 @@ class SglangServers:
                 stdin=subprocess.PIPE,  # held open by this process alone: the server ends when it does
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(self.model.on_cpu),
+                env=server_environment(self.model.on_cpu, self.section.host),
                 start_new_session=True,
             )
 

@@ -1,27 +1,19 @@
-"""The policy's weights on their way to SGLang servers.
+"""The policy's weights on their way to SGLang servers: what every way of sending them promises.
 
 In: every parameter once, under its Hugging Face name, and a version. Out: servers that compute with them and say so: they
 name the weights by a label of run and version, which every response carries.
 
-`DiskWeightSync` writes safetensors once to a directory, and each server loads them: over any number of machines that
-share a file system, and again at any time, which is how a server that was started anew catches up.
+`weight_sync_disk` writes files that servers load; `weight_sync_broadcast` sends them through process groups.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
-from megatron_gspo.types import TrainingFailedError
-
-SHARD_BYTES = 4 * 10**9
+from megatron_gspo.rollout.sglang_http import SglangHttp
 
 
 class WeightSync(Protocol):
@@ -31,10 +23,19 @@ class WeightSync(Protocol):
         """What servers call the weights of `version`; of this run, so that another run's are never taken for them."""
 
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Make the weights ready to be sent. A tensor may be overwritten once the next one has been asked for."""
+        """Make the weights ready to be sent, or send them already; only the process that owns the servers does this.
 
-    async def send(self, http: SglangHttp, url: str, version: int) -> None:
+        `weights` is consumed by the calling thread. A tensor may be overwritten once the next one has been asked for.
+
+        Raises:
+            RequestRefusedError: a server does not take these weights.
+        """
+
+    async def send(self, http: SglangHttp, url: str, version: int) -> bool:
         """Have one server take the published weights of `version`; on return it computes with them.
+
+        Returns:
+            Whether this call sent them; False where they were sent, and are counted, elsewhere.
 
         Raises:
             ServerFaultError: the server did not answer, or broke off.
@@ -44,83 +45,8 @@ class WeightSync(Protocol):
     def forget_before(self, version: int) -> None:
         """Weights older than `version` will not be sent again."""
 
+    def take_resyncs(self) -> int:
+        """Servers that were brought up to date outside `send`, since this was last asked."""
 
-class DiskWeightSync:
-    """Weights by way of a directory; see the module's description."""
-
-    def __init__(self, directory: Path, run_id: str, *, shard_bytes: int = SHARD_BYTES) -> None:
-        """
-        Args:
-            directory: seen by this machine and by the servers' under one path.
-            run_id: unique among the runs that share the directory or the servers.
-            shard_bytes: the largest file, which is also what is held in memory beside the model.
-        """
-        self._directory = directory
-        self._run_id = run_id
-        self._shard_bytes = shard_bytes
-
-    def label(self, version: int) -> str:
-        """See `WeightSync.label`."""
-        return f"{self._run_id}.{version}"
-
-    def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Write the weights aside and rename them, so that a server never finds half of them.
-
-        Raises:
-            TrainingFailedError: they cannot be written.
-        """
-        aside = self._directory / f".{self.label(version)}.incomplete"
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            self._write(aside, weights)
-            shutil.rmtree(self._path(version), ignore_errors=True)
-            aside.rename(self._path(version))
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise TrainingFailedError(
-                f"weights version {version} cannot be written to {self._directory} for the SGLang servers: {error}"
-            ) from error
-
-    async def send(self, http: SglangHttp, url: str, version: int) -> None:
-        """See `WeightSync.send`. Cached keys and values, which the former weights made, are dropped with them."""
-        body = {
-            "model_path": str(self._path(version)),
-            "load_format": "safetensors",  # a server that was started with "dummy" would draw random ones again
-            "weight_version": self.label(version),
-            "flush_cache": True,
-        }
-        answer = await http.ask(url, "/update_weights_from_disk", body)
-        if not isinstance(answer, dict) or answer.get("success") is not True:
-            raise ServerFaultError(f"{url}/update_weights_from_disk answered {answer!r}")
-
-    def forget_before(self, version: int) -> None:
-        """Delete older weights of this run."""
-        for path in self._directory.glob(f"{self._run_id}.*"):
-            if path.suffix.removeprefix(".").isdecimal() and int(path.suffix[1:]) < version:
-                shutil.rmtree(path, ignore_errors=True)
-
-    def forget_all(self) -> None:
-        """Delete all weights of this run."""
-        for path in (*self._directory.glob(f"{self._run_id}.*"), *self._directory.glob(f".{self._run_id}.*")):
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _path(self, version: int) -> Path:
-        return self._directory / self.label(version)
-
-    def _write(self, directory: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        collected: dict[str, torch.Tensor] = {}
-        collected_bytes = number = 0
-
-        def write() -> None:
-            save_file(collected, directory / f"model-{number:05}.safetensors", metadata={"format": "pt"})
-            collected.clear()
-
-        for name, tensor in weights:
-            if collected and collected_bytes + tensor.nbytes > self._shard_bytes:
-                write()
-                number, collected_bytes = number + 1, 0
-            collected[name] = tensor.detach().to(device="cpu", copy=True).contiguous()
-            collected_bytes += tensor.nbytes
-        if collected:
-            write()
+    def close(self) -> None:
+        """Give back what sending takes. Closing twice is allowed."""

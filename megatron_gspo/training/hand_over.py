@@ -65,6 +65,21 @@ def hand_over_weights(models: Sequence[PolicyModel], rollouts: Rollouts | None, 
     return total
 
 
+def release_memory(rollouts: Rollouts | None) -> None:
+    """Let the engines give back memory during the update. Every rank calls this once all ranks have their responses.
+
+    Raises:
+        HandOverFailedError: a server does not take the request; on every rank.
+    """
+    problem: UserError | TrainingFailedError | None = None
+    if rollouts is not None:
+        try:
+            rollouts.engine.release_memory()
+        except (UserError, TrainingFailedError) as error:
+            problem = error
+    _fail_together(problem)
+
+
 def verify_weights(
     chunks: Sequence[torch.nn.Module], rollouts: Rollouts | None, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -32,6 +32,7 @@ from megatron_gspo.training.display import Display, describe, introduction, say_
 from megatron_gspo.training.evaluation import evaluate
 from megatron_gspo.training.experience import Experience, collect_experience, plan_mini_batches
 from megatron_gspo.training.guards import SkippedUpdates
+from megatron_gspo.training.hand_over import release_memory
 from megatron_gspo.training.old_policy import baseline_log_probs
 from megatron_gspo.training.resume import FoundCheckpoint, find_checkpoint
 from megatron_gspo.training.rollouts import pad_token_id, training_settings
@@ -172,6 +173,8 @@ def learn(run: Run, experience: Experience, step: int, skipped: SkippedUpdates) 
     """Update the policy mini-batch by mini-batch, and give its weights to the rollout engine."""
     recipe, totals, clock = run.recipe, Totals(), Stopwatch()
     mini_batches = plan_mini_batches(experience, recipe, pad_token_id(run.tokenizer))
+    if recipe.rollout.sglang.release_memory:
+        release_memory(run.rollouts)  # the plan counts responses of all ranks, so all have theirs
     volatility = StepVolatility(run.routing, run.policy, recipe, experience, mini_batches, step, clock)
     with clock.measure("old_policy"), volatility.old_policy_pass():
         baseline = baseline_log_probs(run.policy.chunks, run.reference, mini_batches, recipe, totals)
