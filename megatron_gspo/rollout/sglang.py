@@ -28,9 +28,9 @@ from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
 from megatron_gspo.rollout.sglang_memory import release, resume_cache, resume_weights
 from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION, RoutesShape, dense_layers
 from megatron_gspo.rollout.sglang_server import ServerModel, SglangServers, read_key
-from megatron_gspo.rollout.weight_broadcaster import WeightBroadcaster
 from megatron_gspo.rollout.weight_sync import WeightSync
 from megatron_gspo.rollout.weight_sync_broadcast import BroadcastWeightSync
+from megatron_gspo.rollout.weight_sync_broadcaster import WeightBroadcaster
 from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from megatron_gspo.types import Prompt, Response, SamplingSettings, TrainingFailedError, UserError
 

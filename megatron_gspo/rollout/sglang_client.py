@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
+from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp, weight_label
 from megatron_gspo.rollout.sglang_response import (
     Expected,
     ResponseSchemaError,
@@ -234,11 +234,11 @@ class SglangClient:
             await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(endpoint.faults, 10)))
             try:
                 await self._http.ask(endpoint.url, "/health")
-                if await self._weight_label(endpoint) != label:
+                if await weight_label(self._http, endpoint.url) != label:
                     self.counts["rollout/num_resyncs"] += await self._sync.send(
                         self._http, endpoint.url, sampling.version
                     )
-                if await self._weight_label(endpoint) == label:
+                if await weight_label(self._http, endpoint.url) == label:
                     break
                 endpoint.fault = f"{endpoint.url} does not keep the weights it is given"
             except ServerFaultError as fault:
@@ -248,10 +248,6 @@ class SglangClient:
             endpoint.is_out = False
             logger.warning("SGLang server %s in use again, with the current weights", endpoint.url)
             sampling.changed.notify_all()
-
-    async def _weight_label(self, endpoint: Endpoint) -> object:
-        info = await self._http.ask(endpoint.url, "/model_info")
-        return info.get("weight_version") if isinstance(info, dict) else None
 
     async def _watch_for_outage(self) -> None:
         clock, last_in_use = asyncio.get_running_loop().time, asyncio.get_running_loop().time()

@@ -95,3 +95,9 @@ class SglangHttp:
             raise ServerFaultError(
                 f"{url}{endpoint} answered what is not JSON: {response.text[:SHOWN_CHARACTERS]}"
             ) from error
+
+
+async def weight_label(http: SglangHttp, url: str) -> object:
+    """What a server calls the weights it holds."""
+    info = await http.ask(url, "/model_info")
+    return info.get("weight_version") if isinstance(info, dict) else None

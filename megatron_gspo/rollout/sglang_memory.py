@@ -7,7 +7,7 @@ back empty, so a server whose memory is released calls them by a label that no v
 
 from __future__ import annotations
 
-from megatron_gspo.rollout.sglang_http import SglangHttp
+from megatron_gspo.rollout.sglang_http import SglangHttp, weight_label
 
 RELEASED = ".released"
 #: How long a server may take to come to rest after its last response has arrived.
@@ -26,8 +26,7 @@ async def release(http: SglangHttp, url: str, label: str) -> None:
 
 async def resume_weights(http: SglangHttp, url: str) -> bool:
     """Have a server take memory for weights again. Returns whether it had released it: one started anew has not."""
-    info = await http.ask(url, "/model_info")
-    if not (isinstance(info, dict) and str(info.get("weight_version")).endswith(RELEASED)):
+    if not str(await weight_label(http, url)).endswith(RELEASED):
         return False
     await http.ask(url, "/resume_memory_occupation", {"tags": ["weights"]})
     return True

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 import torch
 
-from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
-from megatron_gspo.rollout.weight_broadcaster import WeightBroadcaster, weight_label
+from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp, weight_label
+from megatron_gspo.rollout.weight_sync_broadcaster import WeightBroadcaster
 
 #: How long `send` waits for the owner of the servers before it reports a fault, after which it is called again.
 WAIT_S = 10.0

@@ -9,8 +9,6 @@ its way the next one is exported.
   share a group; a fault in it is every server's, and each is then brought up to date by itself, over gloo.
 - The buckets of the newest version stay in host memory: a trainer exports only when all of its ranks do, and a server that
   was started anew needs the weights before that. It is recognised by its label, and joins a new group.
-- A server that has parts of two versions says so: its label is set to one that no version has before the first bucket,
-  and to the version's after the last.
 """
 
 from __future__ import annotations
@@ -23,19 +21,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 
-from megatron_gspo.rollout.sglang_http import RequestRefusedError, ServerFaultError, SglangHttp
+from megatron_gspo.rollout.sglang_http import RequestRefusedError, ServerFaultError, SglangHttp, weight_label
 from megatron_gspo.rollout.sglang_memory import RELEASED
 from megatron_gspo.rollout.weight_sync_buckets import Bucket, pack
-from megatron_gspo.rollout.weight_sync_group import (
-    BroadcastFailedError,
-    BroadcastSilentError,
-    UpdateGroup,
-    address_towards,
-)
+from megatron_gspo.rollout.weight_sync_servers import ServerGroup, SilentServerError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,11 +35,6 @@ T = TypeVar("T")
 LOOK_EVERY_S = 1.0
 LOOK_TIMEOUT_S = 5.0
 POLL_S = 0.002
-INCOMPLETE = ".incomplete"
-
-
-class SilentServerError(ServerFaultError):
-    """A server neither takes weights nor breaks off."""
 
 
 @dataclass
@@ -94,7 +81,7 @@ class WeightBroadcaster:
         """
         self._urls, self._http, self._backend = tuple(urls), http, backend
         self._bucket_bytes, self._timeout_s, self._restart = bucket_bytes, timeout_s, restart
-        self._groups: dict[tuple[str, ...], UpdateGroup] = {}
+        self._groups: dict[tuple[str, ...], ServerGroup] = {}
         self._outgoing: _Outgoing | None = None
         self._faults: dict[str, ServerFaultError] = {}
         self._resyncs = 0
@@ -182,9 +169,8 @@ class WeightBroadcaster:
         if outgoing is None or not outgoing.is_whole or self._closed:
             return
         behind = [url for url in self._urls if await self._is_behind(url, outgoing.label)]
-        for urls, group in list(self._groups.items()):
-            if set(urls) & set(behind):
-                self._drop(urls, group)
+        for urls in [urls for urls in self._groups if set(urls) & set(behind)]:
+            self._drop(urls)
         results = await asyncio.gather(
             *(self._send_or_fault((url,), "gloo", outgoing) for url in behind), return_exceptions=True
         )
@@ -213,122 +199,22 @@ class WeightBroadcaster:
             RequestRefusedError: one does not take these weights.
         """
         try:
-            group = self._groups.get(urls)
-            if group is None:
-                group = await self._form(urls, backend)
-            await asyncio.gather(*(self._begin(url, outgoing.label) for url in urls))
-            async for bucket in outgoing:
-                await self._send_bucket(group, urls, bucket, outgoing.label)
-            await asyncio.gather(*(self._end(url, outgoing.label) for url in urls))
+            if urls not in self._groups:
+                self._groups[urls] = await ServerGroup.form(self._http, urls, backend, self._timeout_s)
+            await self._groups[urls].send(outgoing, outgoing.label)
         except (ServerFaultError, RequestRefusedError) as fault:
-            if urls in self._groups:
-                self._drop(urls, self._groups[urls])
+            self._drop(urls)
             if isinstance(fault, SilentServerError) and self._restart is not None:
                 for url in urls:
                     self._restart(url)
             raise
 
-    async def _form(self, urls: tuple[str, ...], backend: str) -> UpdateGroup:
-        """A new group with servers, each of which brings as many ranks as its model is spread over."""
-        infos = [await self._http.ask(url, "/server_info") for url in urls]
-        sizes = [int(info["tp_size"]) for info in infos]
-        address = address_towards(urlsplit(urls[0]).hostname or "")
-        name = f"megatron_gspo_{threading.get_ident()}_{next(_GROUP_NUMBERS)}"
-        group = UpdateGroup(name, address, 1 + sum(sizes), backend, self._timeout_s)
-        self._groups[urls] = group
-        first_ranks = itertools.accumulate(sizes[:-1], initial=1)
-        bodies = [
-            {
-                "master_address": group.address,
-                "master_port": group.port,
-                "rank_offset": first_rank,
-                "world_size": group.world_size,
-                "group_name": group.name,
-                "backend": backend,
-            }
-            for first_rank in first_ranks
-        ]
-        asked = [
-            self._http.ask(url, "/init_weights_update_group", body) for url, body in zip(urls, bodies, strict=True)
-        ]
-        await self._together(urls, group.join(), asked)
-        return group
-
-    async def _send_bucket(self, group: UpdateGroup, urls: tuple[str, ...], bucket: Bucket, label: str) -> None:
-        body = {
-            "names": bucket.names,
-            "dtypes": bucket.dtypes,
-            "shapes": bucket.shapes,
-            "group_name": group.name,
-            "load_format": "flattened_bucket",
-            "weight_version": label + INCOMPLETE,
-            "flush_cache": False,  # once, at the end
-        }
-        asked = [self._http.ask(url, "/update_weights_from_distributed", body) for url in urls]
-        await self._together(urls, group.broadcast(bucket.data), asked)
-
-    async def _together(
-        self, urls: tuple[str, ...], own: Coroutine[Any, Any, None], asked: Iterable[Coroutine[Any, Any, Any]]
-    ) -> None:
-        """Do this process's part of a collective while servers are asked to do theirs; whichever fails first ends it."""
-        doing, answering = asyncio.create_task(own), [asyncio.create_task(request) for request in asked]
-        _, pending = await asyncio.wait({doing, *answering}, return_when=asyncio.FIRST_EXCEPTION)
-        if pending:  # one has failed; what a server says of it comes right after, and tells more
-            _, pending = await asyncio.wait(pending, timeout=1.0)
-        for task in pending:
-            task.cancel()
-        await asyncio.gather(*pending, return_exceptions=True)
-        failures = [task.exception() for task in (*answering, doing) if not task.cancelled() and task.exception()]
-        if not failures:
-            return
-        failure, took_part = failures[0], not doing.cancelled() and doing.exception() is None
-        if isinstance(failure, RequestRefusedError) and not took_part:
-            raise ServerFaultError(str(failure)) from failure  # it speaks of the group, not of the weights
-        if isinstance(failure, BroadcastFailedError):
-            kind = SilentServerError if isinstance(failure, BroadcastSilentError) else ServerFaultError
-            raise kind(f"{', '.join(urls)}: weights could not be sent: {failure}") from failure
-        assert failure is not None, "only exceptions are kept"
-        raise failure
-
-    async def _begin(self, url: str, label: str) -> None:
-        """Open an update; one that an earlier fault left open is ended first."""
-        try:
-            await self._http.ask(url, "/begin_weight_update", {})
-        except RequestRefusedError:
-            await self._http.ask(url, "/end_weight_update", {})
-            await self._http.ask(url, "/begin_weight_update", {})
-        await self._name(url, label + INCOMPLETE)
-
-    async def _end(self, url: str, label: str) -> None:
-        """Finish an update. Cached keys and values, which the former weights made, are dropped with them."""
-        await self._http.ask(url, "/end_weight_update", {})
-        await self._http.ask(url, f"/flush_cache?timeout={self._timeout_s:g}", {})
-        await self._name(url, label)
-
-    async def _name(self, url: str, label: str) -> None:
-        await self._http.ask(url, "/update_weight_version", {"new_version": label, "abort_all_requests": False})
-
-    def _drop(self, urls: tuple[str, ...], group: UpdateGroup) -> None:
-        """Give a group up. Its servers keep a broken one under its name, which costs them nothing."""
-        group.close()
-        del self._groups[urls]
+    def _drop(self, urls: tuple[str, ...]) -> None:
+        if urls in self._groups:
+            self._groups.pop(urls).close()
 
     async def _leave_all(self) -> None:
         """End the groups at the servers, then here."""
         async with self._busy:
-            for urls, group in list(self._groups.items()):
-                leave = {"group_name": group.name}
-                requests = [self._http.ask(url, "/destroy_weights_update_group", leave) for url in urls]
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_TIMEOUT_S):
-                        await asyncio.gather(*requests, return_exceptions=True)
-                self._drop(urls, group)
-
-
-async def weight_label(http: SglangHttp, url: str) -> object:
-    """What a server calls the weights it holds."""
-    info = await http.ask(url, "/model_info")
-    return info.get("weight_version") if isinstance(info, dict) else None
-
-
-_GROUP_NUMBERS = itertools.count()
+            await asyncio.gather(*(group.leave() for group in self._groups.values()))
+            self._groups.clear()
