@@ -1,4 +1,4 @@
-"""One real SGLang server for all tests here. Where SGLang is not installed they fail, and say how to install it."""
+"""Two real SGLang servers for all tests here; most use the first. Where SGLang is not installed they fail, and say how to install it."""
 
 from collections.abc import Iterator
 from pathlib import Path

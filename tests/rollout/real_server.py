@@ -51,6 +51,7 @@ def write_model_and_recipe(directory: Path) -> Path:
                 "responses_per_prompt": 4,
                 "max_response_tokens": 12,
                 "sglang": {
+                    "num_servers": 2,
                     "memory_fraction": 0.3,
                     "max_total_tokens": 8192,
                     "max_requests_in_flight": 32,
@@ -106,9 +107,23 @@ def by_transformers(
 
 
 def engine_on(recipe: Recipe, host: ServerHost, *urls: str) -> SglangEngine:
-    """An engine with a run of its own on the session's server, reached through `urls` where some are given."""
-    connection = replace(host.connection, run_id=secrets.token_hex(4), urls=urls or host.connection.urls)
+    """An engine with a run of its own on the session's first server, or on those reached through `urls`."""
+    connection = replace(host.connection, run_id=secrets.token_hex(4), urls=urls or host.connection.urls[:1])
     return SglangEngine(recipe, connection, host=host)
+
+
+@contextmanager
+def engine_by(transport: str, recipe: Recipe, host: ServerHost, **fields: object) -> Iterator[SglangEngine]:
+    """An engine on all of the session's servers that sends weights by `transport`, in buckets of a few tensors.
+
+    One at a time: an engine that broadcasts keeps the servers at its own weights until it is closed.
+    """
+    fields = {"weight_bucket_bytes": 20_000, "weight_timeout_s": 60.0} | fields
+    engine = engine_on(with_sglang(recipe, weight_transport=transport, **fields), host, *host.connection.urls)
+    try:
+        yield engine
+    finally:
+        engine._sync.close()
 
 
 def with_sglang(recipe: Recipe, **fields: object) -> Recipe:

@@ -21,7 +21,7 @@ from megatron_gspo.config import Recipe
 from megatron_gspo.rollout.sglang import ServerHost, SglangEngine
 from megatron_gspo.rollout.sglang_client import ServersGoneError
 from megatron_gspo.rollout.sglang_response import ResponseSchemaError
-from megatron_gspo.rollout.weight_sync import DiskWeightSync
+from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from megatron_gspo.types import Prompt, Response, TrainingFailedError
 from tests.rollout.real_server import (
     PROMPTS,
@@ -174,7 +174,7 @@ def test_the_key_is_in_a_private_file_and_nowhere_else(host: ServerHost):
     servers = host.servers
     assert stat.S_IMODE(servers.key_file.stat().st_mode) == 0o600
     assert stat.S_IMODE(servers.directory.stat().st_mode) == 0o700
-    (group,) = servers.process_ids()
+    group, _ = servers.process_ids()
     in_group = [
         path
         for path in Path("/proc").glob("[0-9]*")
@@ -205,6 +205,7 @@ def test_two_ranks_train_on_running_servers_with_the_engines_log_probs_and_route
 ):
     options = [f"rollout.sglang.urls={host.connection.urls[0]}", f"rollout.sglang.key_file={host.servers.key_file}"]
     options += ["parallel.data=2", "rollout.old_log_probs=engine", "rollout.verify_weights=true"]
+    options += ["rollout.sglang.weight_transport=broadcast", "rollout.sglang.release_memory=true"]
     done = train(recipe_file, *options, "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -224,7 +225,7 @@ def test_a_server_killed_while_it_samples_is_started_again_and_no_response_is_lo
     engine, model = engine_on(recipe, host), policy(recipe, seed=1)
     engine.update_weights(weights_of(model), version=1)
     engine.take_counts()
-    (process,) = host.servers.process_ids()
+    process, _ = host.servers.process_ids()
     long = replace(SETTINGS, max_response_tokens=200, stop_token_ids=())
     killing = threading.Timer(1.0, os.killpg, (process, signal.SIGKILL))
     killing.start()
@@ -256,7 +257,7 @@ time.sleep(600)
 def test_servers_end_when_the_trainer_is_killed(recipe_file: Path, tmp_path: Path):
     command = [sys.executable, "-c", SIGKILLED_TRAINER, recipe_file, tmp_path]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as trainer:
-        server = int(trainer.stdout.readline())
+        server = int(trainer.stdout.readline().split()[0])
         trainer.kill()
     assert wait_until_gone(server)
 

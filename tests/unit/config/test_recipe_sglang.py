@@ -34,8 +34,13 @@ SERVERS = "rollout.sglang.urls=http://127.0.0.1:30000, http://localhost:30001/"
         (["rollout.sglang.urls=,"], ["rollout.sglang.urls is the text ','", "http://HOST:PORT"]),
         (
             ["rollout.sglang.urls=http://10.0.0.5:30000", "rollout.sglang.key_file=key"],
-            ["rollout.sglang.weights_dir is null", "http://10.0.0.5:30000 is on another machine"],
+            ["rollout.sglang.weights_dir is null", "http://10.0.0.5:30000 is on another machine", "broadcast"],
         ),
+        (
+            ["rollout.sglang.weight_transport=broadcast", "rollout.sglang.weights_dir=weights"],
+            ["rollout.sglang.weights_dir is the text", "null under rollout.sglang.weight_transport: broadcast"],
+        ),
+        (["rollout.sglang.weight_transport=file"], ["rollout.sglang.weight_transport is the text 'file'"]),
     ],
 )
 def test_what_cannot_be_served_is_refused(

@@ -70,6 +70,19 @@ def test_servers_on_gpus_follow_each_other_after_the_first():
     assert "SGLANG_USE_CPU_ENGINE" not in server_environment(on_cpu=False)
 
 
+def test_servers_that_share_gpus_with_the_trainer_can_give_back_memory():
+    section = SglangSection(release_memory=True)
+    assert "--enable-memory-saver" in command(section, GPU_MODEL)
+    assert "--enable-memory-saver" not in command(SglangSection(), GPU_MODEL)
+    assert "--enable-memory-saver" not in command(section)  # the package is made for CUDA
+
+
+def test_gloo_listens_where_the_server_does(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert server_environment(on_cpu=True, host="127.0.0.1")["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "GLOO_SOCKET_IFNAME" not in server_environment(on_cpu=True, host="10.0.0.5")
+
+
 def test_servers_compute_in_the_models_dtype_unless_told_otherwise():
     assert value_of("--dtype", command(SglangSection())) == "bfloat16"
     assert value_of("--dtype", command(SglangSection(dtype="float32"))) == "float32"

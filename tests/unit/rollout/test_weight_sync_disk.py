@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_gspo.rollout.weight_sync import DiskWeightSync
+from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from megatron_gspo.types import TrainingFailedError
 
 
