@@ -25,6 +25,10 @@ class ServerFaultError(Exception):
     """A server failed over a request that may succeed with another server, or with the same one later."""
 
 
+class SilentServerError(ServerFaultError):
+    """A server is there, and neither answers nor breaks off."""
+
+
 class RequestRefusedError(TrainingFailedError):
     """A server understood a request and refused it; it would refuse it again."""
 
@@ -64,7 +68,7 @@ class SglangHttp:
         """What the server at `url` answers to a GET, or to a POST of `body`.
 
         Raises:
-            ServerFaultError: refused or broken connection, silence, status 429 or above 499, or an answer that is not JSON.
+            ServerFaultError: refused or broken connection, silence (SilentServerError), status 429 or above 499, or an answer that is not JSON.
             RequestRefusedError: any other status that is not 200.
             UserError: the server does not take the key.
         """
@@ -75,7 +79,8 @@ class SglangHttp:
             else:
                 response = await self._client.post(url + endpoint, json=body)
         except httpx.RequestError as error:
-            raise ServerFaultError(f"{url}{endpoint}: {type(error).__name__} {error}".rstrip()) from error
+            kind = SilentServerError if isinstance(error, httpx.ReadTimeout) else ServerFaultError
+            raise kind(f"{url}{endpoint}: {type(error).__name__} {error}".rstrip()) from error
         status = response.status_code
         said = f"{url}{endpoint} answered {status}: {response.text[:SHOWN_CHARACTERS]}"
         if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):

@@ -24,10 +24,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_gspo.rollout.sglang_http import RequestRefusedError, ServerFaultError, SglangHttp, weight_label
+from megatron_gspo.rollout.sglang_http import (
+    RequestRefusedError,
+    ServerFaultError,
+    SglangHttp,
+    SilentServerError,
+    weight_label,
+)
 from megatron_gspo.rollout.sglang_memory import RELEASED
 from megatron_gspo.rollout.weight_sync_buckets import Bucket, pack
-from megatron_gspo.rollout.weight_sync_servers import ServerGroup, SilentServerError
+from megatron_gspo.rollout.weight_sync_servers import ServerGroup
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -109,6 +115,7 @@ class WeightBroadcaster:
             outgoing.is_given_up = not outgoing.is_whole
             refusal = sent.result()
         if refusal is not None:
+            outgoing.is_whole = False  # nobody is to be brought up to date with them
             raise refusal
 
     def take_fault(self, url: str) -> ServerFaultError | None:

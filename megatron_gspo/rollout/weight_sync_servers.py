@@ -21,7 +21,7 @@ from collections.abc import AsyncIterable, Coroutine, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from megatron_gspo.rollout.sglang_http import RequestRefusedError, ServerFaultError, SglangHttp
+from megatron_gspo.rollout.sglang_http import RequestRefusedError, ServerFaultError, SglangHttp, SilentServerError
 from megatron_gspo.rollout.weight_sync_buckets import Bucket
 from megatron_gspo.rollout.weight_sync_group import (
     BroadcastFailedError,
@@ -35,10 +35,6 @@ INCOMPLETE = ".incomplete"
 LAST_WORDS_S = 1.0
 
 _numbers = itertools.count()
-
-
-class SilentServerError(ServerFaultError):
-    """A server neither takes weights nor breaks off."""
 
 
 class ServerGroup:

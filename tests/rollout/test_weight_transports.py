@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from megatron_gspo.config import Recipe
 from megatron_gspo.rollout.sglang import ServerHost, SglangEngine
 from megatron_gspo.rollout.sglang_http import SglangHttp, weight_label
+from megatron_gspo.rollout.weight_sync_servers import INCOMPLETE
 from megatron_gspo.types import Prompt, Response, TrainingFailedError
 from tests.rollout.real_server import PROMPTS, SETTINGS, by_transformers, engine_by, policy, weights_of
 
@@ -48,12 +49,14 @@ def in_use(engine: SglangEngine) -> list[bool]:
 
 
 def halfway(
-    weights: Iterator[tuple[str, torch.Tensor]], process: int, sent: signal.Signals
+    weights: Iterator[tuple[str, torch.Tensor]], host: ServerHost, server: int, sent: signal.Signals
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, with a signal to a server's processes once half of them are on their way."""
-    everything = list(weights)
+    """The weights, with a signal to a server's processes once it holds some of them and not the others."""
+    everything, http = list(weights), SglangHttp(host.connection.key, 30.0)
+    process, url = host.servers.process_ids()[server], host.connection.urls[server]
     for position, named in enumerate(everything):
         if position == len(everything) // 2:
+            wait_until(lambda: str(http.run(weight_label(http, url))).endswith(INCOMPLETE), "the server has begun")
             os.killpg(process, sent)
         yield named
 
@@ -159,7 +162,7 @@ def test_a_server_killed_in_the_middle_of_a_broadcast_comes_back_with_the_right_
     with engine_by("broadcast", recipe, host) as engine:
         engine.update_weights(weights_of(policy(recipe, seed=1)), version=1)
         engine.take_counts()
-        engine.update_weights(halfway(weights_of(model), host.servers.process_ids()[1], signal.SIGKILL), version=2)
+        engine.update_weights(halfway(weights_of(model), host, 1, signal.SIGKILL), version=2)
         assert in_use(engine) == [True, False]
         assert sampled_by(model, engine)
 
@@ -185,7 +188,7 @@ def test_a_server_that_takes_nothing_is_ended_and_the_other_goes_on(recipe: Reci
     model, victim = policy(recipe, seed=2), host.servers.process_ids()[0]
     with engine_by("broadcast", recipe, host, weight_timeout_s=10.0) as engine:
         engine.update_weights(weights_of(policy(recipe, seed=1)), version=1)
-        engine.update_weights(halfway(weights_of(model), victim, signal.SIGSTOP), version=2)
+        engine.update_weights(halfway(weights_of(model), host, 0, signal.SIGSTOP), version=2)
         assert in_use(engine) == [False, True]
         assert sampled_by(model, engine)
         wait_until(lambda: victim not in host.servers.process_ids(), "the server is ended")
