@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import secrets
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
 from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION, RoutesShape, dense_layers
 from megatron_gspo.rollout.sglang_server import ServerModel, SglangServers, read_key
 from megatron_gspo.rollout.weight_sync import DiskWeightSync
-from megatron_gspo.types import Prompt, Response, SamplingSettings, TrainingFailedError, UserError
+from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings, TrainingFailedError, UserError
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,20 @@ class SglangEngine:
     def generate(
         self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
     ) -> list[tuple[Response, ...]]:
-        """See `RolloutEngine.generate`, and `SglangClient.generate` for what else is raised."""
-        version = self.weight_version
-        return self._http.run(self._client.generate(prompts, responses_per_prompt, settings, version))
+        """See `RolloutEngine.generate`, and `SglangClient.sample` for what else is raised."""
+        groups = [OpenGroup.of(prompt, responses_per_prompt) for prompt in prompts]
+        done = self.generate_until(groups, len(groups), settings)
+        return [tuple(response for response in group.responses if response is not None) for group in done]
+
+    def generate_until(
+        self,
+        groups: Sequence[OpenGroup],
+        num_complete: int,
+        settings: SamplingSettings,
+        interrupt: threading.Event | None = None,
+    ) -> list[OpenGroup]:
+        """See `RolloutEngine.generate_until`, and `SglangClient.sample` for what else is raised."""
+        return self._http.run(self._client.sample(groups, num_complete, settings, self.weight_version, interrupt))
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.update_weights`. Where another process owns the servers, `weights` is left alone.
