@@ -254,7 +254,7 @@ VOLATILITY = (
             "mismatch/log_prob_abs_mean": "mean |difference| of a token",
             "mismatch/token_log_std": "spread over tokens",
             "mismatch/sequence_log_std": "spread over sequences",
-            "mismatch/stale_log_prob_abs_mean": "mean |difference| of a stale token",
+            "mismatch/stale_log_prob_abs_mean": "mean |difference| of a token in a stale response",
             "mismatch/kl": "KL estimate",
         },
         Axis("nats", logarithmic=True),

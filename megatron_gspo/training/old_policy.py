@@ -50,9 +50,9 @@ def baseline_log_probs(
 def record_mismatch(log_probs: Sequence[torch.Tensor], mini_batch: MiniBatch, totals: Totals) -> None:
     """Add to `totals` how far the rollout engine's log-probs are from the trainer's, at equal weights.
 
-    Only tokens of which that holds are counted: those that the policy sampled which now learns from them, and responses
-    all of whose tokens it did. Of the others, `mismatch/stale_log_prob_abs_mean` is the mean |log π_trainer − log π_engine|:
-    engine mismatch and the policy's change since they were sampled.
+    Only responses of which that holds are counted: those that the policy sampled, whole, which now learns from them. Of
+    the others' tokens, `mismatch/stale_log_prob_abs_mean` is the mean |log π_trainer − log π_engine|: engine mismatch and
+    the policy's change since they were sampled.
 
     `mismatch/log_prob_abs_mean` is the mean |log π_trainer − log π_engine| over response tokens; `mismatch/kl` estimates
     KL(engine ‖ trainer) from the engine's own samples as the mean of e^d − 1 − d, d = log π_trainer − log π_engine.
@@ -65,7 +65,7 @@ def record_mismatch(log_probs: Sequence[torch.Tensor], mini_batch: MiniBatch, to
         current = is_current(micro_batch)
         stale = difference[~current]
         totals.add("mismatch/stale_log_prob_abs_mean", float(stale.abs().sum()), float(len(stale)))
-        means = _response_means(difference, micro_batch)[_response_means(current.double(), micro_batch) == 1.0]
+        means = _response_means(difference, micro_batch)[_response_means(current.double(), micro_batch) > 0]
         difference = difference[current]
         count = float(len(difference))
         totals.add("mismatch/log_prob_abs_mean", float(difference.abs().sum()), count)

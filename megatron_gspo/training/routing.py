@@ -297,7 +297,7 @@ class RoutingControl:
         *,
         equal_weights: bool = False,
     ) -> Comparison:
-        """Compare all response tokens, or with `equal_weights` those that the policy sampled which learns from them."""
+        """Compare all response tokens, or with `equal_weights` those of responses that no other weights sampled."""
         comparison = Comparison.empty(self.layout)
         for micro_batch, old_routes, new_routes in zip(micro_batches, old, new, strict=True):
             old_experts, old_margins = self.response_routes(micro_batch, old_routes)

@@ -47,10 +47,14 @@ def record_staleness(staleness: np.ndarray, totals: Totals) -> None:
 
 
 def is_current(micro_batch: MicroBatch) -> torch.Tensor:
-    """Which response tokens the policy sampled that learns from them: [T] bool, on the micro-batch's device.
+    """Which response tokens are of responses that the policy sampled, whole, which learns from them: [T] bool.
 
-    Rollout engine and trainer held equal weights for these alone.
+    Rollout engine and trainer computed these alike, with equal weights. A response that older weights began they did not,
+    its last tokens included: the engine ran the older tokens through the new weights once more, and chose other routes
+    for them than those that R3 replays.
     """
     if micro_batch.staleness is None:
         return torch.ones_like(micro_batch.target_token_ids, dtype=torch.bool)
-    return micro_batch.staleness == 0
+    bounds = micro_batch.response_cu_seqlens
+    of_first_token = micro_batch.staleness[bounds[:-1]]  # versions only rise along a response
+    return (of_first_token == 0).repeat_interleave(bounds.diff())

@@ -134,7 +134,7 @@ def test_two_ranks_train_one_step_behind_with_groups_carried(recipe_file: Path, 
         assert line["rollout/num_carried"] == 4
         assert line["rollout/num_stale_responses"] == line["rollout/num_retries"] == 0
         assert line["routing/replayed_token_fraction"] == 1.0
-        assert line.get("mismatch/log_prob_abs_mean", 0.0) < 1e-4, "of tokens sampled by the same weights"
+        assert line.get("mismatch/log_prob_abs_mean", 0.0) < 1e-4, "of responses sampled by the same weights"
     saved = json.loads((tmp_path / "run" / "checkpoints" / "step_3" / "state.json").read_text())["prompts"]
     # Three steps of 4 prompts are done with; 4 are carried.
     assert saved["cursor"] == 16

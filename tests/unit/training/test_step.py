@@ -152,12 +152,11 @@ def test_the_engine_mismatch_is_the_distance_of_the_two_log_probs(tmp_path: Path
     assert "mismatch/stale_log_prob_abs_mean" not in metrics
 
 
-def test_tokens_of_older_weights_are_left_out_of_the_engine_mismatch(tmp_path: Path):
+def test_responses_that_older_weights_began_are_left_out_of_the_engine_mismatch(tmp_path: Path):
     recipe = make_recipe(tmp_path)
     policy = make_policy(recipe)
-    rng = np.random.default_rng(1)
     samples = [
-        dataclasses.replace(sample, staleness=rng.integers(0, 2, len(sample.response_token_ids)))
+        dataclasses.replace(sample, staleness=np.arange(len(sample.response_token_ids))[::-1] // 3 + sample.index % 3)
         if sample.index % 2
         else sample
         for sample in make_samples()
@@ -170,8 +169,8 @@ def test_tokens_of_older_weights_are_left_out_of_the_engine_mismatch(tmp_path: P
         for sample in samples
     }
     distances = {index: log_probs.double().numpy() + 5.0 for index, log_probs in own.items()}
-    fresh = np.concatenate([distances[s.index][_staleness(s) == 0] for s in samples])
-    stale = np.concatenate([distances[s.index][_staleness(s) > 0] for s in samples])
+    fresh = np.concatenate([distances[s.index] for s in samples if _staleness(s)[0] == 0])
+    stale = np.concatenate([distances[s.index] for s in samples if _staleness(s)[0] > 0])
     metrics = finalize_metrics(totals.sums)
     assert metrics["mismatch/log_prob_abs_mean"] == pytest.approx(np.abs(fresh).mean(), rel=1e-4)
     assert metrics["mismatch/stale_log_prob_abs_mean"] == pytest.approx(np.abs(stale).mean(), rel=1e-4)
