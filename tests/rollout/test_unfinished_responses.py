@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from megatron_gspo.config import Recipe
+from megatron_gspo.rollout import sglang_client
 from megatron_gspo.rollout.sglang import ServerHost, SglangEngine
 from megatron_gspo.training.ahead import SamplingAhead
 from megatron_gspo.types import OpenGroup, Prompt, Response, VersionSpan
-from tests.rollout.real_server import PROMPTS, SETTINGS, by_transformers, engine_on, policy, weights_of
+from tests.rollout.real_server import PROMPTS, SETTINGS, by_transformers, engine_on, faulty_proxy, policy, weights_of
 from tests.rollout.test_real_server import train
 
 G = 4
@@ -120,6 +121,22 @@ def test_weights_change_while_responses_are_sampled_in_a_thread(
     assert engine.take_counts()["rollout/num_stale_responses"] == 0
 
 
+def test_a_server_that_hangs_does_not_hold_up_a_step_that_closes(
+    recipe: Recipe, host: ServerHost, policies: dict[int, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sglang_client, "LONGEST_CALL_OFF_S", 1.0)
+    groups = [OpenGroup.of(prompt, G) for prompt in PROMPTS]
+    with faulty_proxy(host.connection.urls[0], ["hang"]) as hanging:
+        engine = engine_on(recipe, host, hanging, host.connection.urls[0])
+        engine.update_weights(weights_of(policies[1]), version=1)
+        closed = engine.generate_until(groups, len(groups) - 1, SETTINGS)
+        assert sum(response is None for group in closed for response in group.responses) == 1
+        finished = begun(engine.generate_until(closed, len(groups), SETTINGS))
+    assert len(finished) == G * len(PROMPTS)
+    for prompt, response in finished:
+        assert_each_token_is_its_versions(policies, prompt, response)
+
+
 def test_two_ranks_train_one_step_behind_with_groups_carried(recipe_file: Path, host: ServerHost, tmp_path: Path):
     options = [f"rollout.sglang.urls={host.connection.urls[0]}", f"rollout.sglang.key_file={host.servers.key_file}"]
     options += ["rollout.one_step_ahead=true", "rollout.close_at_fraction=0.5", "rollout.old_log_probs=engine"]
@@ -135,6 +152,7 @@ def test_two_ranks_train_one_step_behind_with_groups_carried(recipe_file: Path, 
         assert line["rollout/num_stale_responses"] == line["rollout/num_retries"] == 0
         assert line["routing/replayed_token_fraction"] == 1.0
         assert line.get("mismatch/log_prob_abs_mean", 0.0) < 1e-4, "of responses sampled by the same weights"
+        assert line.get("routing/engine_disagreement", 0.0) == 0.0
     saved = json.loads((tmp_path / "run" / "checkpoints" / "step_3" / "state.json").read_text())["prompts"]
     # Three steps of 4 prompts are done with; 4 are carried.
     assert saved["cursor"] == 16
