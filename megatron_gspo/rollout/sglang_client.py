@@ -11,9 +11,10 @@ with the current weights, which it is given if it has others.
 Once enough groups are complete, requests in flight are called off, one by one, since servers may work for other clients
 too: `/abort_request` has a server answer with the tokens so far. The rest of such a response is asked for later by its
 prompt and those tokens. SGLang's `/pause_generation` with mode `retract` would keep requests open in the server over a
-change of weights instead; but then the server runs their tokens through the new weights and forgets the routes that they
-were sampled with (0.5.21, srt/managers/schedule_batch.py, `reset_for_retract`), which Routing Replay needs, a server that
-fails takes them with it, and it refuses to release its memory meanwhile. Either way the prefix is computed once more.
+change of weights instead. But a server reads a response's routes from its cache once the response has ended (0.5.21,
+srt/state_capturer/base.py, `get_topk`), and by then the new weights have filled that anew: the routes that older tokens
+were sampled with, which Routing Replay needs, are gone. A server that fails takes the tokens with it, too, and it does not
+release its memory while requests are open. Either way the prefix is computed once more.
 """
 
 from __future__ import annotations
