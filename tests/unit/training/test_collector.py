@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_gspo.training.ahead import SamplingAhead
 from megatron_gspo.training.assembly import Run, assemble
-from megatron_gspo.training.collector import ScoredPrompt, choose_groups, num_carried, scored_group
+from megatron_gspo.training.collector import (
+    ExperienceCollector,
+    ScoredPrompt,
+    choose_groups,
+    num_carried,
+    scored_group,
+)
 from megatron_gspo.training.experience import Experience
-from megatron_gspo.types import Prompt, Response
+from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings
 from tests.unit.training.test_step import make_recipe
 
 pytestmark = pytest.mark.usefixtures("_one_rank")
@@ -103,7 +110,7 @@ def test_what_is_too_stale_is_sampled_anew_and_counted(make_run: Callable[..., R
 
 def test_groups_of_equal_rewards_make_way_for_others(make_run: Callable[..., Run]):
     run = make_run(dynamic_sampling_rounds=3)
-    for experience in collect(run, 3):
+    for experience in collect(run, 2):
         teaches = {group.prompt.position: group.teaches for group in experience.groups}
         num_learned_from = sum(len(samples) for samples in experience.samples) // G
         assert num_learned_from == PROMPTS_PER_STEP
@@ -116,6 +123,37 @@ def test_groups_of_equal_rewards_make_way_for_others(make_run: Callable[..., Run
         assert num_worthless == max(0, PROMPTS_PER_STEP - sum(teaches.values())), "only where the rounds were used up"
         assert num_worthless == 0 or experience.engine_counts["groups/num_rounds"] == 4
     assert run.prompts.state()["unfinished"] == []
+
+
+def test_steps_that_sample_ahead_lose_no_prompt_and_stay_within_the_bound(make_run: Callable[..., Run]):
+    run = make_run(close_at_fraction=0.5)
+    # The recipe's check refuses this for the local engine, which has no time of its own; what is counted is the same.
+    rollout = run.recipe.rollout.model_copy(update={"one_step_ahead": True})
+    training = run.recipe.training.model_copy(update={"steps": 4})
+    recipe = run.recipe.model_copy(update={"rollout": rollout, "training": training})
+    run.collector = ExperienceCollector(recipe, run.prompts, run.rollouts, run.tokenizer)
+    done: list[int] = []
+    for step in range(1, 5):
+        experience = run.collector.collect(step, run.policy.version)
+        run.collector.sample_ahead(step + 1, run.policy.version + 1)
+        with_other_weights(run)  # pauses what is sampled
+        run.collector.go_on()
+        done += positions(experience)
+        state = run.prompts.state()
+        assert sorted([*done, *state["unfinished"]]) == list(range(state["cursor"]))
+        assert staleness(experience).min() >= 0
+        assert staleness(experience).max() <= recipe.rollout.max_staleness
+    assert len(done) == len(set(done)) == 4 * PROMPTS_PER_STEP
+
+
+def test_what_sampling_ahead_raises_is_raised_where_it_is_taken(make_run: Callable[..., Run]):
+    run = make_run()
+    ahead = SamplingAhead(run.rollouts.engine)
+    run.rollouts.engine.close()
+    ahead.start([OpenGroup.of(Prompt("p", (1,), "", ""), G)], 1, SamplingSettings(max_response_tokens=4))
+    with pytest.raises(RuntimeError, match="has no weights"):
+        ahead.take()
+    ahead.close()
 
 
 @pytest.mark.parametrize(
