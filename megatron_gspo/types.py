@@ -40,6 +40,7 @@ class Prompt:
     text: str
     answer: str
     metadata: Mapping[str, object] = field(default_factory=dict)
+    position: int = 0  # in the order that its stream is walked in, over all epochs
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
+class VersionSpan:
+    """Tokens [start, end) of a response, all sampled by one policy version."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Response:
     """One sampled response to a prompt, exactly as the rollout engine produced it."""
 
@@ -62,12 +72,45 @@ class Response:
     token_ids: np.ndarray  # [tokens] int64; ends with the stop token when finish_reason is "stop"
     log_probs: np.ndarray  # [tokens] float32, log-prob of each token under the policy that sampled it
     finish_reason: FinishReason
-    weight_version: int  # the policy version that sampled it
+    weight_version: (
+        int  # the policy version that sampled it, or its last tokens where `earlier` ones sampled the others
+    )
     routed_experts: np.ndarray | None = None  # [prompt + tokens - 1, L, K]; the last token has no route
+    earlier: tuple[VersionSpan, ...] = ()  # from token 0 on, the tokens that earlier versions sampled
 
     def __post_init__(self) -> None:
         assert self.token_ids.ndim == 1 and len(self.token_ids) > 0, "a response has at least one token"
         assert self.token_ids.shape == self.log_probs.shape, "one log-prob a response token"
+
+    @property
+    def version_spans(self) -> tuple[VersionSpan, ...]:
+        """Which policy version sampled which tokens: all of them, in order, no two neighbours of one version."""
+        start = self.earlier[-1].end if self.earlier else 0
+        return (*self.earlier, VersionSpan(self.weight_version, start, len(self.token_ids)))
+
+    @property
+    def token_versions(self) -> np.ndarray:
+        """The policy version that sampled each token: [tokens] int64."""
+        spans = self.version_spans
+        return np.repeat([span.version for span in spans], [span.end - span.start for span in spans])
+
+
+@dataclass(frozen=True)
+class OpenGroup:
+    """A prompt's G responses while they are sampled, which may take longer than a step."""
+
+    prompt: Prompt
+    responses: tuple[Response | None, ...]  # [G]; "abort": as far as it has come; None: not begun
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every response has come to its end."""
+        return all(response is not None and response.finish_reason != "abort" for response in self.responses)
+
+    @classmethod
+    def of(cls, prompt: Prompt, num_responses: int) -> OpenGroup:
+        """A group of which nothing is sampled yet."""
+        return cls(prompt, (None,) * num_responses)
 
 
 @dataclass(frozen=True)
@@ -76,11 +119,19 @@ class Group:
 
     prompt: Prompt
     responses: tuple[Response, ...]
-    rewards: np.ndarray  # [G] float32
+    rewards: np.ndarray  # [G] float32, as the reward function gave them
     advantages: np.ndarray  # [G] float32
+    penalties: np.ndarray | None = (
+        None  # [G] float32, at most 0: added to the rewards before the advantages (reward/overlong.py)
+    )
 
     def __post_init__(self) -> None:
         assert len(self.responses) == len(self.rewards) == len(self.advantages), "one reward and advantage a response"
+
+    @property
+    def teaches(self) -> bool:
+        """Whether its responses differ in what they are worth: in a group of equal ones every advantage is exactly 0."""
+        return bool(self.advantages.any())
 
 
 @dataclass(frozen=True)
@@ -93,6 +144,7 @@ class Sample:
     advantage: float
     behaviour_log_probs: np.ndarray  # [response] float32, from the rollout engine
     routed_experts: np.ndarray | None = None  # `Response.routed_experts`
+    staleness: np.ndarray | None = None  # [response] int64, policy versions since each token was sampled; None: all 0
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +177,7 @@ class MicroBatch:
     advantages: torch.Tensor  # [N] float32
     behaviour_log_probs: torch.Tensor  # [T] float32
     num_padding_tokens: int = 0
+    staleness: torch.Tensor | None = None  # [T] int64, `Sample.staleness`; None: all 0
 
     @property
     def num_responses(self) -> int:

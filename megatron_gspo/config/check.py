@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron_gspo.config.refusal import Refusal, nearest_name, not_accepted
+from megatron_gspo.config.sampling import check_sampling
 from megatron_gspo.config.schema import BUILT_IN_TASKS, Recipe
 from megatron_gspo.config.sglang import check_sglang
 from megatron_gspo.config.slurm import check_slurm
@@ -30,6 +31,7 @@ def check_recipe(recipe: Recipe) -> list[Refusal]:
         _check_evaluation,
         _check_data,
         check_sglang,
+        check_sampling,
         lambda recipe: check_slurm(recipe.slurm),
     )
     return [refusal for check in checks for refusal in check(recipe)]

@@ -144,6 +144,18 @@ class RolloutSection(Section):
     """Sample from the k most likely tokens; 0 for all."""
     max_concurrent_responses: Positive = 256
     """Responses the local engine decodes in one batch."""
+    close_at_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """A step closes when this share of the groups that are sampled is complete. So that it still trains on
+    `training.prompts_per_step` of them, that many over this share are sampled at one time; the others are carried to the
+    next step, and finished by its weights. 1 waits for all."""
+    one_step_ahead: Switch = False
+    """Sample the next step's responses while this step trains."""
+    max_staleness: Positive = 4
+    """Policy versions (one a step) that the oldest token of a response may be behind the policy that learns from it. A
+    response carried for longer is sampled anew."""
+    dynamic_sampling_rounds: NonNegative = 0
+    """How many times a step may draw further prompts in place of those whose rewards are all equal, which teach nothing
+    (DAPO's dynamic sampling); 0 trains on all groups as they come."""
     verify_weights: Switch = False
     """After every hand-over have each server compute the log-probs of a fixed sequence, and stop where they are not the trainer's."""
     sglang: SglangSection = SglangSection()
@@ -154,6 +166,9 @@ class RewardSection(Section):
     """`task` (what the built-in task or data set asks for), `exact`, `math`, or `package.module:function`."""
     timeout_s: PositiveFloat = 10.0
     """A reward that takes longer scores 0 and is counted."""
+    overlong_buffer_tokens: NonNegative = 0
+    """Last tokens before `rollout.max_response_tokens` over which a response's reward is lowered, from 0 linearly to 1 for
+    one that fills them (DAPO's soft overlong punishment); 0 for none."""
 
 
 class ChainSection(Section):

@@ -130,7 +130,12 @@ def pack(
         advantages=tensor(np.array([sample.advantage for sample in samples], dtype=np.float32), torch.float32),
         behaviour_log_probs=tensor(_join([s.behaviour_log_probs for s in samples], np.float32), torch.float32),
         num_padding_tokens=int((~is_sample_token).sum()),
+        staleness=tensor(_join([_staleness(sample) for sample in samples], np.int64), torch.int64),
     )
+
+
+def _staleness(sample: Sample) -> np.ndarray:
+    return np.zeros(len(sample.response_token_ids), np.int64) if sample.staleness is None else sample.staleness
 
 
 def _count_up(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ and never end. Prompts longer than `rollout.max_prompt_tokens` are left out when
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +103,7 @@ class ProblemWalk:
         # Two epochs in other orders can begin and end with the only problem that is kept.
         most_in_a_row = _MAX_LEFT_OUT_IN_A_ROW if num_problems is None else 2 * num_problems
         for _ in range(most_in_a_row):
-            turn = self._turn(source, self.cursor)
+            turn = self.turn(self.cursor)
             self.cursor += 1
             kept = keep(turn)
             if kept is not None:
@@ -110,7 +111,7 @@ class ProblemWalk:
             self._left_out.add(turn.problem.id)
         raise UserError(f"{source.name}: every one of {num_problems or most_in_a_row} problems {refused_because}")
 
-    def state(self) -> dict[str, int | str | bool | None]:
+    def state(self) -> dict[str, object]:
         """Where the walk is, and of what: JSON types only."""
         return {"cursor": self.cursor} | self._identity()
 
@@ -130,7 +131,7 @@ class ProblemWalk:
         assert isinstance(cursor, int), "what `state` wrote"
         self.cursor = cursor
 
-    def _identity(self) -> dict[str, int | str | bool | None]:
+    def _identity(self) -> dict[str, object]:
         return {
             "source": self._source.name,
             "num_problems": self._source.num_problems,
@@ -138,7 +139,9 @@ class ProblemWalk:
             "shuffle": self._shuffle,
         }
 
-    def _turn(self, source: ProblemSource, position: int) -> Turn:
+    def turn(self, position: int) -> Turn:
+        """Whose turn it is at `position`; the cursor does not move."""
+        source = self._source
         if source.num_problems is None:
             return Turn(source.problem(position), position, epoch=0)
         epoch, index = divmod(position, source.num_problems)
@@ -164,6 +167,10 @@ class PromptStream:
         self._encoder = encoder
         self._max_prompt_tokens = max_prompt_tokens
         self._walk = ProblemWalk(source, seed=seed, shuffle=shuffle)
+        self._to_draw_again: deque[int] = deque()  # positions before the cursor
+        self.unfinished: tuple[int, ...] = ()
+        """Positions of prompts that were drawn and are not done with. They are saved with the cursor, and a stream that
+        goes on from there draws them again, before all others."""
 
     @property
     def num_too_long(self) -> int:
@@ -176,7 +183,7 @@ class PromptStream:
         Raises:
             UserError: every prompt is too long.
         """
-        return [self._walk.next_kept(self._prompt, self._too_long()) for _ in range(num_prompts)]
+        return [self._next_prompt() for _ in range(num_prompts)]
 
     def held_out_prompts(self, num_prompts: int) -> list[Prompt]:
         """The source's first prompts that are short enough, always the same; fewer where a file has no more.
@@ -195,9 +202,9 @@ class PromptStream:
             prompts.append(prompt)
         return prompts
 
-    def state(self) -> dict[str, int | str | bool | None]:
-        """The cursor, and what identifies the data it points into: JSON types only."""
-        return self._walk.state()
+    def state(self) -> dict[str, object]:
+        """The cursor, the prompts before it that are not done with, and what identifies the data: JSON types only."""
+        return self._walk.state() | {"unfinished": sorted({*self.unfinished, *self._to_draw_again})}
 
     def load_state(self, state: Mapping[str, object]) -> None:
         """Go on from a saved cursor.
@@ -206,6 +213,16 @@ class PromptStream:
             UserError: it was saved with other data, another seed, or another order.
         """
         self._walk.load_state(state)
+        unfinished = state.get("unfinished", [])
+        assert isinstance(unfinished, list), "what `state` wrote"
+        self._to_draw_again = deque(unfinished)
+
+    def _next_prompt(self) -> Prompt:
+        if not self._to_draw_again:
+            return self._walk.next_kept(self._prompt, self._too_long())
+        again = self._prompt(self._walk.turn(self._to_draw_again.popleft()))
+        assert again is not None, "it was short enough before"
+        return again
 
     def _prompt(self, turn: Turn) -> Prompt | None:
         problem = turn.problem
@@ -218,6 +235,7 @@ class PromptStream:
             text=text,
             answer=problem.answer,
             metadata={"reward": problem.reward, "row": problem.row},
+            position=turn.position,
         )
 
     def _too_long(self) -> str:

@@ -108,10 +108,10 @@ TRAINING = (
     Panel(
         "staleness",
         "Staleness",
-        {"staleness/*": "*", "rollout/staleness*": "*"},
+        {"rollout/staleness_mean": "mean", "rollout/staleness_max": "largest"},
         Axis("policy versions"),
-        "How many updates behind the trained policy the responses were sampled; 0 is on-policy.",
-        "Policy version that is trained minus the version that sampled the response.",
+        "How many steps behind the trained policy the responses were sampled; 0 is on-policy.",
+        "Version of the policy at the step's start minus the version that sampled the token, over response tokens.",
     ),
     Panel(
         "loss",
@@ -254,6 +254,7 @@ VOLATILITY = (
             "mismatch/log_prob_abs_mean": "mean |difference| of a token",
             "mismatch/token_log_std": "spread over tokens",
             "mismatch/sequence_log_std": "spread over sequences",
+            "mismatch/stale_log_prob_abs_mean": "mean |difference| of a token in a stale response",
             "mismatch/kl": "KL estimate",
         },
         Axis("nats", logarithmic=True),

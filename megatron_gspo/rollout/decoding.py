@@ -7,7 +7,7 @@ response leaves the batch together with its rows of the key-value cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,11 +19,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_gspo.rollout.kv_cache import GrowingCache
 from megatron_gspo.rollout.sampling import choose_tokens, draw_uniforms
-from megatron_gspo.types import SamplingSettings
+from megatron_gspo.types import FinishReason, SamplingSettings
 
 # Share of the rows that must have finished before the others move into a smaller batch. Moving costs about what
 # attention costs in one step, so an eighth is repaid within eight steps.
 _FINISHED_SHARE_TO_LEAVE = 1 / 8
+
+
+_ENDINGS: tuple[FinishReason, ...] = ("abort", "length", "stop")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class SampledTokens:
 
     token_ids: np.ndarray  # [tokens] int64
     log_probs: np.ndarray  # [tokens] float32
-    stopped: bool  # whether the last token is a stop token
+    finish_reason: FinishReason  # "abort" where `enough` ended the batch first
     routed_experts: np.ndarray | None = None  # [prompt + tokens - 1, L, K] uint8 up to 256 experts, uint16 above
 
 
@@ -44,6 +47,9 @@ def decode(
     settings: SamplingSettings,
     generator: torch.Generator,
     routers: Sequence[Qwen3MoeTopKRouter] = (),
+    *,
+    num_tokens_before: Sequence[int] | None = None,
+    enough: Callable[[np.ndarray], bool] | None = None,
 ) -> list[SampledTokens]:
     """Sample one response for each entry of `prompt_of_response`, an index into `prompts`.
 
@@ -51,22 +57,24 @@ def decode(
         prompts: token ids, at least one each.
         generator: a CPU generator; the batch takes a fixed number of draws from it, whatever is sampled.
         routers: the model's L routers, in depth order, to return the routes of each response; none to do without.
+        num_tokens_before: tokens of each response that its prompt here ends with already, sampled before; default none.
+        enough: whether to end the batch, given which responses have ended, [responses] bool; asked after each token.
+            Default: when all have.
     """
     uniforms = draw_uniforms(len(prompt_of_response), settings, generator).to(model.device)
     stop_token_ids = torch.tensor(settings.stop_token_ids, dtype=torch.int64, device=model.device)
+    before = torch.tensor(num_tokens_before or [0] * len(prompt_of_response), device=model.device)
     record = _Record.of(len(prompt_of_response), settings.max_response_tokens, model.device)
     with _Routes(routers, len(prompt_of_response), settings.max_response_tokens) as routes:
         rows, logits = _read_prompts(model, prompts, prompt_of_response, settings.max_response_tokens)
         routes.end_prompts(len(prompts))
         for step in range(settings.max_response_tokens):
-            tokens, log_probs = choose_tokens(logits, uniforms[rows.responses, step], settings)
-            record.token_ids[rows.responses, step] = tokens
-            record.log_probs[rows.responses, step] = log_probs
-            stopped = torch.isin(tokens, stop_token_ids) & ~rows.finished
-            record.stop_steps.index_put_((rows.responses[stopped],), torch.tensor(step, device=model.device))
-            rows.finished |= stopped
+            # Finished rows are sampled along; their places in the draws may lie beyond the last.
+            places = (before[rows.responses] + step).clamp(max=settings.max_response_tokens - 1)
+            tokens, log_probs = choose_tokens(logits, uniforms[rows.responses, places], settings)
+            record.add(rows, step, tokens, log_probs, torch.isin(tokens, stop_token_ids), places)
             num_finished = int(rows.finished.sum())
-            if num_finished == len(tokens) or step + 1 == settings.max_response_tokens:
+            if num_finished == len(tokens) or (enough is not None and enough(record.has_ended())):
                 break
             if num_finished >= _FINISHED_SHARE_TO_LEAVE * len(tokens):
                 unfinished = (~rows.finished).nonzero().squeeze(1)
@@ -88,7 +96,8 @@ class _Record:
 
     token_ids: Tensor  # int64
     log_probs: Tensor  # float32
-    stop_steps: Tensor  # [responses] int64, the step that sampled a stop token; the last step's successor without one
+    num_tokens: Tensor  # [responses] int64, sampled so far
+    endings: Tensor  # [responses] int64 into `_ENDINGS`
 
     @classmethod
     def of(cls, num_responses: int, max_response_tokens: int, device: torch.device) -> _Record:
@@ -96,15 +105,30 @@ class _Record:
         return cls(
             torch.zeros(shape, dtype=torch.int64, device=device),
             torch.zeros(shape, dtype=torch.float32, device=device),
-            torch.full((num_responses,), max_response_tokens, device=device),
+            torch.zeros(num_responses, dtype=torch.int64, device=device),
+            torch.zeros(num_responses, dtype=torch.int64, device=device),
         )
+
+    def add(self, rows: _Rows, step: int, tokens: Tensor, log_probs: Tensor, stops: Tensor, places: Tensor) -> None:
+        """Note a token for each row, and which rows end with it; `places` [rows] are its places in the response."""
+        self.token_ids[rows.responses, step] = tokens
+        self.log_probs[rows.responses, step] = log_probs
+        unfinished = ~rows.finished
+        self.num_tokens[rows.responses[unfinished]] = step + 1
+        is_last = places + 1 == self.token_ids.shape[1]
+        self.endings[rows.responses[unfinished & is_last]] = _ENDINGS.index("length")
+        self.endings[rows.responses[unfinished & stops]] = _ENDINGS.index("stop")
+        rows.finished |= stops | is_last
+
+    def has_ended(self) -> np.ndarray:
+        """Which responses have come to their end: [responses] bool."""
+        return (self.endings > 0).cpu().numpy()
 
     def responses(self) -> list[SampledTokens]:
         token_ids, log_probs = self.token_ids.cpu().numpy(), self.log_probs.cpu().numpy()
-        max_response_tokens = token_ids.shape[1]
         return [
-            SampledTokens(token_ids[i, : stop + 1].copy(), log_probs[i, : stop + 1].copy(), stop < max_response_tokens)
-            for i, stop in enumerate(self.stop_steps.tolist())
+            SampledTokens(token_ids[i, :length].copy(), log_probs[i, :length].copy(), _ENDINGS[ending])
+            for i, (length, ending) in enumerate(zip(self.num_tokens.tolist(), self.endings.tolist(), strict=True))
         ]
 
 

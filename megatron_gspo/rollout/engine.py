@@ -6,12 +6,13 @@ the policy that sampled them (π_θold of eqs. 3 and 8 when `rollout.old_log_pro
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 
-from megatron_gspo.types import Prompt, Response, SamplingSettings
+from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings
 
 
 class RolloutEngine(Protocol):
@@ -25,10 +26,12 @@ class RolloutEngine(Protocol):
     - `log_probs` are of the distribution softmax(logits / temperature) over the whole vocabulary. `top_p` and `top_k`
       restrict what can be sampled but do not renormalise them: the trainer recomputes the same quantity without knowing
       the restriction. At temperature 0, where sampling is greedy, they are taken at temperature 1.
-    - `weight_version` is the version of the weights that sampled every one of its tokens.
+    - `version_spans` say which version of the weights sampled each of its tokens: one version all of them, unless
+      `generate_until` was given its beginning.
     - `routed_experts` is given by an engine that was built to return it, and None otherwise: the experts [prompt +
       response - 1, L, K] that sampling sent each token to, in uint8 up to 256 experts and uint16 above. L counts MoE
       layers from the first to the last; dense layers have no entry. The last token was never fed back, so it has none.
+      Where several versions sampled a response, each token's are those of the version that sampled the token after it.
     """
 
     @property
@@ -42,6 +45,22 @@ class RolloutEngine(Protocol):
 
         Returns one tuple of G responses a prompt, in the order of `prompts`. A prompt may occur more than once.
         RuntimeError when there are no weights to sample from.
+        """
+
+    def generate_until(
+        self,
+        groups: Sequence[OpenGroup],
+        num_complete: int,
+        settings: SamplingSettings,
+        interrupt: threading.Event | None = None,
+    ) -> list[OpenGroup]:
+        """Sample until `num_complete` of the groups are complete, or, from another thread, `interrupt` is set.
+
+        Groups are begun in their order. Responses that have begun go on from their tokens, which stay as they were
+        sampled, with their log-probs and routes; those at their end are left alone.
+
+        Returns the same groups in the same order, as far as they have come: at least `num_complete` of them complete,
+        unless interrupted. No response is lost, and none is in work any more. RuntimeError as `generate`.
         """
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:

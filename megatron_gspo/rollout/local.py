@@ -7,9 +7,13 @@ PyTorch does, and its log-probs come from an implementation of the policy that s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -18,7 +22,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_gspo.rollout.cpu_layers import use_cpu_layers
 from megatron_gspo.rollout.decoding import decode
-from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
+from megatron_gspo.rollout.open_groups import Slot, filled, joined, open_slots
+from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings, UserError
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 
@@ -93,30 +98,81 @@ class LocalEngine:
 
         The same call with the same weights and seed gives the same responses, and leaves global random states alone.
         """
+        groups = [OpenGroup.of(prompt, responses_per_prompt) for prompt in prompts]
+        done = self.generate_until(groups, len(groups), settings)
+        return [tuple(response for response in group.responses if response is not None) for group in done]
+
+    def generate_until(
+        self,
+        groups: Sequence[OpenGroup],
+        num_complete: int,
+        settings: SamplingSettings,
+        interrupt: threading.Event | None = None,
+    ) -> list[OpenGroup]:
+        """Sample until enough groups are complete; see `RolloutEngine.generate_until`. Repeatable as `generate` is."""
         version, model = self.weight_version, self._model
         assert model is not None, "an engine with a weight version has a model"
         generator = torch.Generator().manual_seed(settings.seed)
-        wanted = [index for index in range(len(prompts)) for _ in range(responses_per_prompt)]
-        responses: list[Response] = []
-        for start in range(0, len(wanted), self._max_concurrent_responses):
-            batch = wanted[start : start + self._max_concurrent_responses]
-            first, last = batch[0], batch[-1]
-            token_ids = [prompt.token_ids for prompt in prompts[first : last + 1]]
-            prompt_of_response = [index - first for index in batch]
-            sampled = decode(model, token_ids, prompt_of_response, settings, generator, self._routers)
-            responses += [
+        slots = open_slots(groups)
+        unfinished = Counter(slot.group for slot in slots)  # responses of each group
+
+        def enough(batch: Sequence[Slot], has_ended: np.ndarray) -> bool:
+            if interrupt is not None and interrupt.is_set():
+                return True
+            left = unfinished - Counter(slot.group for slot, ended in zip(batch, has_ended, strict=True) if ended)
+            return len(groups) - len(left) >= num_complete
+
+        sampled: list[tuple[Slot, Response]] = []
+        for start in range(0, len(slots), self._max_concurrent_responses):
+            batch = slots[start : start + self._max_concurrent_responses]
+            if enough(batch, np.zeros(len(batch), dtype=bool)):
+                break
+            ends_early = functools.partial(enough, batch) if num_complete < len(groups) or interrupt else None
+            responses = self._decode(model, batch, settings, generator, version, ends_early)
+            unfinished -= Counter(
+                slot.group for slot, response in zip(batch, responses, strict=True) if response.finish_reason != "abort"
+            )
+            sampled += zip(batch, responses, strict=True)
+        return filled(groups, sampled)
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        batch: Sequence[Slot],
+        settings: SamplingSettings,
+        generator: torch.Generator,
+        version: int,
+        enough: Callable[[np.ndarray], bool] | None,
+    ) -> list[Response]:
+        """One batch's responses, from their first token on."""
+        place_of: dict[tuple[int, ...], int] = {}  # what several responses go on from is read once
+        read_by = [place_of.setdefault(slot.token_ids, len(place_of)) for slot in batch]
+        num_tokens_before = [slot.num_tokens for slot in batch]
+        decoded = decode(
+            model,
+            list(place_of),
+            read_by,
+            settings,
+            generator,
+            self._routers,
+            num_tokens_before=num_tokens_before,
+            enough=enough,
+        )
+        return [
+            joined(
+                slot.so_far,
                 Response(
-                    prompt_id=prompts[index].id,
+                    prompt_id=slot.prompt.id,
                     token_ids=tokens.token_ids,
                     log_probs=tokens.log_probs,
-                    finish_reason="stop" if tokens.stopped else "length",
+                    finish_reason=tokens.finish_reason,
                     weight_version=version,
                     routed_experts=tokens.routed_experts,
-                )
-                for index, tokens in zip(batch, sampled, strict=True)
-            ]
-        groups = range(0, len(responses), responses_per_prompt)
-        return [tuple(responses[start : start + responses_per_prompt]) for start in groups]
+                ),
+                len(slot.prompt.token_ids),
+            )
+            for slot, tokens in zip(batch, decoded, strict=True)
+        ]
 
     def release_memory(self) -> None:
         """See `RolloutEngine.release_memory`: its one copy of the weights is what the next ones are written to."""

@@ -15,6 +15,7 @@ import asyncio
 import json
 import secrets
 import tempfile
+import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from megatron_gspo.rollout.weight_sync import WeightSync
 from megatron_gspo.rollout.weight_sync_broadcast import BroadcastWeightSync
 from megatron_gspo.rollout.weight_sync_broadcaster import WeightBroadcaster
 from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
-from megatron_gspo.types import Prompt, Response, SamplingSettings, TrainingFailedError, UserError
+from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings, TrainingFailedError, UserError
 
 #: What a server may take to answer beside the time limit of what it is asked to do.
 ANSWER_MARGIN_S = 10.0
@@ -139,9 +140,20 @@ class SglangEngine:
     def generate(
         self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
     ) -> list[tuple[Response, ...]]:
-        """See `RolloutEngine.generate`, and `SglangClient.generate` for what else is raised."""
-        version = self.weight_version
-        return self._http.run(self._client.generate(prompts, responses_per_prompt, settings, version))
+        """See `RolloutEngine.generate`, and `SglangClient.sample` for what else is raised."""
+        groups = [OpenGroup.of(prompt, responses_per_prompt) for prompt in prompts]
+        done = self.generate_until(groups, len(groups), settings)
+        return [tuple(response for response in group.responses if response is not None) for group in done]
+
+    def generate_until(
+        self,
+        groups: Sequence[OpenGroup],
+        num_complete: int,
+        settings: SamplingSettings,
+        interrupt: threading.Event | None = None,
+    ) -> list[OpenGroup]:
+        """See `RolloutEngine.generate_until`, and `SglangClient.sample` for what else is raised."""
+        return self._http.run(self._client.sample(groups, num_complete, settings, self.weight_version, interrupt))
 
     def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `RolloutEngine.update_weights`. Where another process owns the servers, `weights` is left alone.

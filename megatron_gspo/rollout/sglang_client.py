@@ -1,24 +1,37 @@
 """Many responses in flight over several SGLang servers, whatever happens to some of the servers.
 
-In: prompts, settings, the version of the current weights. Out: each prompt's responses, each exactly once.
+In: groups of responses, begun or not, settings, the version of the current weights. Out: the groups, with as many of them
+complete as were asked for, each response sampled exactly once.
 
 Every server has workers, as many as responses it samples at one time; a worker takes the next response that is still to
 be sampled, so a faster server takes more of them and no queue forms at a server. A fault takes the server out: its
 responses go back to be sampled by any server, and it comes in again once it answers, after pauses that double, and only
 with the current weights, which it is given if it has others.
+
+Once enough groups are complete, requests in flight are called off, one by one, since servers may work for other clients
+too: `/abort_request` has a server answer with the tokens so far. The rest of such a response is asked for later by its
+prompt and those tokens. SGLang's `/pause_generation` with mode `retract` would keep requests open in the server over a
+change of weights instead. But a server reads a response's routes from its cache once the response has ended (0.5.21,
+srt/state_capturer/base.py, `get_topk`), and by then the new weights have filled that anew: the routes that older tokens
+were sampled with, which Routing Replay needs, are gone. A server that fails takes the tokens with it, too, and it does not
+release its memory while requests are open. Either way the prefix is computed once more.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
+import threading
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_gspo.rollout.open_groups import Slot, filled, open_slots
 from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp, weight_label
 from megatron_gspo.rollout.sglang_response import (
     Expected,
+    NothingSampledError,
     ResponseSchemaError,
     RoutesShape,
     StaleWeightsError,
@@ -26,7 +39,7 @@ from megatron_gspo.rollout.sglang_response import (
     request_body,
 )
 from megatron_gspo.rollout.weight_sync import WeightSync
-from megatron_gspo.types import Prompt, Response, SamplingSettings, TrainingFailedError
+from megatron_gspo.types import OpenGroup, Response, SamplingSettings, TrainingFailedError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +47,8 @@ logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 6
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 LOOK_EVERY_S = 0.5
+LOOK_FOR_INTERRUPT_EVERY_S = 0.05
+CALL_OFF_EVERY_S, LONGEST_CALL_OFF_S = 0.1, 30.0
 
 
 class ServersGoneError(TrainingFailedError):
@@ -53,10 +68,9 @@ class Endpoint:
 
 @dataclass
 class _Job:
-    """One response to be sampled."""
+    """One response to be sampled, or to be sampled to its end."""
 
-    position: int
-    prompt: Prompt
+    slot: Slot
     faults: int = 0
 
 
@@ -67,10 +81,21 @@ class _Sampling:
     jobs: deque[_Job]
     settings: SamplingSettings
     version: int
-    responses: list[Response | None]
-    unfinished: int
-    changed: asyncio.Condition = field(default_factory=asyncio.Condition)  # jobs, unfinished, or an endpoint's is_out
+    unfinished: Counter[int]  # responses that each group lacks
+    num_wanted: int  # groups that are still to be completed
+    sampled: dict[tuple[int, int], tuple[Slot, Response]] = field(default_factory=dict)  # by group and place in it
+    in_flight: dict[str, str] = field(default_factory=dict)  # request id -> server
+    is_closing: bool = False
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)  # what stands above, or an endpoint's is_out
     returns: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def add(self, slot: Slot, response: Response) -> None:
+        """Take a response, at its end or as far as it has come."""
+        assert (slot.group, slot.response) not in self.sampled, "a response is sampled once"
+        self.sampled[slot.group, slot.response] = (slot, response)
+        if response.finish_reason != "abort":
+            self.unfinished[slot.group] -= 1
+            self.num_wanted -= self.unfinished[slot.group] == 0
 
 
 class SglangClient:
@@ -103,10 +128,15 @@ class SglangClient:
         self._outage_timeout_s = outage_timeout_s
         self._routes = routes
 
-    async def generate(
-        self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings, version: int
-    ) -> list[tuple[Response, ...]]:
-        """G responses to each prompt, in order, all sampled by the weights of `version`.
+    async def sample(
+        self,
+        groups: Sequence[OpenGroup],
+        num_complete: int,
+        settings: SamplingSettings,
+        version: int,
+        interrupt: threading.Event | None = None,
+    ) -> list[OpenGroup]:
+        """`RolloutEngine.generate_until`, with the weights of `version`.
 
         Raises:
             ServersGoneError: no server has answered for the outage's time limit.
@@ -114,34 +144,35 @@ class SglangClient:
             TrainingFailedError: a request is refused, or fails with every server.
             UserError: a server does not take the key.
         """
-        wanted = [prompt for prompt in prompts for _ in range(responses_per_prompt)]
-        if not wanted:
-            return [() for _ in prompts]
-        jobs = deque(_Job(position, prompt) for position, prompt in enumerate(wanted))
-        sampling = _Sampling(jobs, settings, version, [None] * len(wanted), len(wanted))
-        workers_per_server = min(self._requests_per_server, len(wanted))
+        slots = open_slots(groups)
+        num_wanted = num_complete - sum(group.is_complete for group in groups)
+        if num_wanted <= 0:
+            return list(groups)
+        jobs, unfinished = deque(_Job(slot) for slot in slots), Counter(slot.group for slot in slots)
+        sampling = _Sampling(jobs, settings, version, unfinished, num_wanted)
         try:
             async with asyncio.TaskGroup() as tasks:
                 # Workers start in this order, so servers' loads are even from the first response on.
                 workers = [
                     tasks.create_task(self._work(endpoint, sampling, tasks))
-                    for _ in range(workers_per_server)
+                    for _ in range(min(self._requests_per_server, len(slots)))
                     for endpoint in self.endpoints
                 ]
                 for endpoint in self.endpoints:
                     if endpoint.is_out:
                         self._bring_back(endpoint, sampling, tasks)
                 workers.append(tasks.create_task(self._watch_for_outage()))
+                if interrupt is not None:
+                    workers.append(tasks.create_task(_close_when_set(interrupt, sampling)))
                 async with sampling.changed:
-                    await sampling.changed.wait_for(lambda: sampling.unfinished == 0)
+                    await sampling.changed.wait_for(lambda: sampling.num_wanted <= 0 or sampling.is_closing)
+                    sampling.is_closing = True
+                await self._call_off(sampling)
                 for task in (*workers, *sampling.returns):
                     task.cancel()
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from failed
-        done = [response for response in sampling.responses if response is not None]
-        assert len(done) == len(wanted), "every response was sampled"
-        starts = range(0, len(done), responses_per_prompt)
-        return [tuple(done[start : start + responses_per_prompt]) for start in starts]
+        return filled(groups, list(sampling.sampled.values()))
 
     async def send_weights(self, version: int) -> None:
         """Give every server the published weights; one that fails gets them before it samples again.
@@ -183,17 +214,21 @@ class SglangClient:
         """Sample one response after the other with one server, until none is left."""
         while True:
             async with sampling.changed:
-                await sampling.changed.wait_for(lambda: bool(sampling.jobs) and not endpoint.is_out)
+                await sampling.changed.wait_for(
+                    lambda: bool(sampling.jobs) and not endpoint.is_out and not sampling.is_closing
+                )
                 job = sampling.jobs.popleft()
             try:
                 response = await self._sample(endpoint, job, sampling)
+            except NothingSampledError:
+                continue
             except (ServerFaultError, StaleWeightsError) as fault:
                 stale = isinstance(fault, StaleWeightsError)
                 self.counts["rollout/num_stale_responses" if stale else "rollout/num_retries"] += 1
                 job.faults += not stale
                 if job.faults >= MAX_ATTEMPTS:
                     raise TrainingFailedError(
-                        f"a response to {job.prompt.id} failed {MAX_ATTEMPTS} times, the last: {fault}"
+                        f"a response to {job.slot.prompt.id} failed {MAX_ATTEMPTS} times, the last: {fault}"
                     ) from fault
                 async with sampling.changed:
                     sampling.jobs.appendleft(job)
@@ -204,17 +239,40 @@ class SglangClient:
                 continue
             endpoint.faults = 0
             async with sampling.changed:
-                assert sampling.responses[job.position] is None, "a response is sampled once"
-                sampling.responses[job.position] = response
-                sampling.unfinished -= 1
-                if sampling.unfinished == 0:
+                sampling.add(job.slot, response)
+                if sampling.num_wanted <= 0:
                     sampling.changed.notify_all()
 
     async def _sample(self, endpoint: Endpoint, job: _Job, sampling: _Sampling) -> Response:
-        body = request_body(job.prompt, sampling.settings, return_routed_experts=self._routes is not None)
-        answer = await self._http.ask(endpoint.url, "/generate", body)
+        prompt, so_far, settings = job.slot.prompt, job.slot.so_far, sampling.settings
+        request_id, wants_routes = secrets.token_hex(16), self._routes is not None
+        body = request_body(prompt, settings, return_routed_experts=wants_routes, so_far=so_far, request_id=request_id)
+        sampling.in_flight[request_id] = endpoint.url
+        try:
+            answer = await self._http.ask(endpoint.url, "/generate", body)
+        finally:
+            del sampling.in_flight[request_id]
         expected = Expected(self._sync.label(sampling.version), sampling.version, self._routes, endpoint.sglang_version)
-        return decode_answer(answer, job.prompt, sampling.settings, expected)
+        return decode_answer(answer, prompt, settings, expected, so_far=so_far, is_called_off=sampling.is_closing)
+
+    async def _call_off(self, sampling: _Sampling) -> None:
+        """Have servers answer what is in flight with the tokens so far, and wait until they have.
+
+        A request that is called off before the server knows of it runs to its end; so does one whose server no longer
+        answers, and after a while that is not waited for: the response stays as it was before.
+        """
+        clock = asyncio.get_running_loop().time
+        give_up_at = clock() + LONGEST_CALL_OFF_S
+        while sampling.in_flight and clock() < give_up_at:
+            for outcome in await asyncio.gather(
+                *(self._http.ask(url, "/abort_request", {"rid": rid}) for rid, url in sampling.in_flight.items()),
+                return_exceptions=True,
+            ):
+                if isinstance(outcome, BaseException) and not isinstance(outcome, ServerFaultError):
+                    raise outcome
+            await asyncio.sleep(CALL_OFF_EVERY_S)
+        if sampling.in_flight:
+            logger.warning("%d requests were called off and not answered", len(sampling.in_flight))
 
     def take_out(self, endpoint: Endpoint, fault: str) -> None:
         """Ask a server for nothing until it answers again and has the current weights."""
@@ -261,3 +319,11 @@ class SglangClient:
                     f"no SGLang server has answered for rollout.sglang.outage_timeout_s ({self._outage_timeout_s:g} s): "
                     f"{faults}"
                 )
+
+
+async def _close_when_set(interrupt: threading.Event, sampling: _Sampling) -> None:
+    while not interrupt.is_set():
+        await asyncio.sleep(LOOK_FOR_INTERRUPT_EVERY_S)
+    async with sampling.changed:
+        sampling.is_closing = True
+        sampling.changed.notify_all()

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from megatron_gspo.rollout.open_groups import joined
 from megatron_gspo.rollout.sglang_http import ServerFaultError
 from megatron_gspo.types import FinishReason, Prompt, Response, SamplingSettings, TrainingFailedError, UserError
 
@@ -26,6 +27,10 @@ class ResponseSchemaError(TrainingFailedError):
 
 class StaleWeightsError(Exception):
     """A response was sampled by other weights than the current ones."""
+
+
+class NothingSampledError(Exception):
+    """A response was called off before its first token, or its tokens did not come back whole."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +103,24 @@ class Expected:
     sglang_version: str = SUPPORTED_VERSION  # what the server said it is, for errors
 
 
-def request_body(prompt: Prompt, settings: SamplingSettings, *, return_routed_experts: bool) -> dict[str, Any]:
-    """The body of a `/generate` request for one response."""
-    return {
-        "input_ids": list(prompt.token_ids),
+def request_body(
+    prompt: Prompt,
+    settings: SamplingSettings,
+    *,
+    return_routed_experts: bool,
+    so_far: Response | None = None,
+    request_id: str | None = None,
+) -> dict[str, Any]:
+    """The body of a `/generate` request for one response, or for the rest of one whose tokens `so_far` were sampled before.
+
+    `request_id` is what the request can be called off by.
+    """
+    known = [] if so_far is None else so_far.token_ids.tolist()
+    named = {} if request_id is None else {"rid": request_id}
+    return named | {
+        "input_ids": [*prompt.token_ids, *known],
         "sampling_params": {
-            "max_new_tokens": settings.max_response_tokens,
+            "max_new_tokens": settings.max_response_tokens - len(known),
             "temperature": settings.temperature,
             "top_p": settings.top_p,
             "top_k": settings.top_k or -1,
@@ -117,45 +134,69 @@ def request_body(prompt: Prompt, settings: SamplingSettings, *, return_routed_ex
     }
 
 
-def decode_answer(answer: Any, prompt: Prompt, settings: SamplingSettings, expected: Expected) -> Response:
-    """The response in an answer.
+def decode_answer(
+    answer: Any,
+    prompt: Prompt,
+    settings: SamplingSettings,
+    expected: Expected,
+    *,
+    so_far: Response | None = None,
+    is_called_off: bool = False,
+) -> Response:
+    """The response in an answer, behind its tokens `so_far`; one that `is_called_off` may end anywhere ("abort").
 
     Raises:
         StaleWeightsError: other weights sampled it, or any token of it.
-        ServerFaultError: the server gave up before the response's end.
+        NothingSampledError: it was called off and has no tokens, or not what belongs to them.
+        ServerFaultError: the server gave up before the response's end, and was not asked to.
         ResponseSchemaError: a key is missing or not what it should be.
     """
     read = _Reader(expected.sglang_version)
     meta = read.mapping(answer, "meta_info")
-    labels = {read.text(meta, "weight_version")}
-    labels |= {read.text(span, "version") for span in read.items(meta, "weight_versions")}
-    if labels != {expected.weight_label}:
-        raise StaleWeightsError(f"sampled by weights {sorted(labels)}, expected {expected.weight_label}")
     finish_reason = read.text(read.mapping(meta, "finish_reason"), "type")
     if finish_reason not in get_args(FinishReason):
         raise read.error("meta_info.finish_reason.type", finish_reason, " or ".join(get_args(FinishReason)))
     if finish_reason == "abort":
-        raise ServerFaultError(f"a response was aborted: {meta['finish_reason']}")
+        if not is_called_off:
+            raise ServerFaultError(f"a response was aborted: {meta['finish_reason']}")
+        # Called off in the server's queue, an answer has neither routes nor, mostly, tokens.
+        if not answer.get("output_ids") or (expected.routes is not None and not meta.get("routed_experts")):
+            raise NothingSampledError
+    labels = {read.text(meta, "weight_version")}
+    labels |= {read.text(span, "version") for span in read.items(meta, "weight_versions")}
+    if labels != {expected.weight_label}:
+        raise StaleWeightsError(f"sampled by weights {sorted(labels)}, expected {expected.weight_label}")
     token_ids, log_probs = read.sampled_tokens(answer, meta)
-    _check_end(read, finish_reason, token_ids, settings)
-    return Response(
+    num_known = 0 if so_far is None else len(so_far.token_ids)
+    num_tokens = len(prompt.token_ids) + num_known + len(token_ids)
+    sampled = Response(
         prompt_id=prompt.id,
         token_ids=token_ids,
         log_probs=log_probs,
-        finish_reason="stop" if finish_reason == "stop" else "length",
+        finish_reason=_checked_end(read, finish_reason, token_ids, num_known, settings),
         weight_version=expected.weight_version,
-        routed_experts=read.routes(meta, expected.routes, len(prompt.token_ids) + len(token_ids) - 1),
+        routed_experts=read.routes(meta, expected.routes, num_tokens - 1),
     )
+    return joined(so_far, sampled, len(prompt.token_ids))
 
 
-def _check_end(read: _Reader, finish_reason: str, token_ids: np.ndarray, settings: SamplingSettings) -> None:
-    if finish_reason == "stop" and token_ids[-1] not in settings.stop_token_ids:
-        raise TrainingFailedError(
-            f"the SGLang server ended a response at token {token_ids[-1]}, which is no stop token of the run "
-            f"({list(settings.stop_token_ids)}): the eos_token_id in the model's config.json is not its tokenizer's"
-        )
-    if finish_reason == "length" and len(token_ids) != settings.max_response_tokens:
-        raise read.error("output_ids", f"{len(token_ids)} tokens", f"{settings.max_response_tokens}, by finish_reason")
+def _checked_end(
+    read: _Reader, finish_reason: str, token_ids: np.ndarray, num_known: int, settings: SamplingSettings
+) -> FinishReason:
+    ends_with_stop, num_sampled = token_ids[-1] in settings.stop_token_ids, num_known + len(token_ids)
+    if finish_reason == "abort":
+        # Called off at its last token, a response has come to its end all the same.
+        return "stop" if ends_with_stop else "length" if num_sampled == settings.max_response_tokens else "abort"
+    if finish_reason == "stop":
+        if not ends_with_stop:
+            raise TrainingFailedError(
+                f"the SGLang server ended a response at token {token_ids[-1]}, which is no stop token of the run "
+                f"({list(settings.stop_token_ids)}): the eos_token_id in the model's config.json is not its tokenizer's"
+            )
+        return "stop"
+    if num_sampled != settings.max_response_tokens:
+        raise read.error("output_ids", f"{num_sampled} tokens", f"{settings.max_response_tokens}, by finish_reason")
+    return "length"
 
 
 class _Reader:

@@ -21,6 +21,7 @@ from megatron_gspo.model.hf_weights import has_weights, initialize_weights, load
 from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.policy_loss import WideClipRangeWarning, resolve_objective
 from megatron_gspo.training.agreement import together
+from megatron_gspo.training.collector import ExperienceCollector
 from megatron_gspo.training.engines import open_rollouts
 from megatron_gspo.training.hand_over import hand_over_weights, verify_weights
 from megatron_gspo.training.optimizer import LearningRate, TrainablePolicy, build_trainable_policy
@@ -41,6 +42,7 @@ class Run:
     policy: TrainablePolicy
     reference: list[PolicyModel] | None
     rollouts: Rollouts | None  # on data leaders
+    collector: ExperienceCollector
     routing: RoutingControl | None  # None for a dense model
 
     def hand_over_weights(self) -> int:
@@ -49,6 +51,7 @@ class Run:
         Returns:
             Bytes of the weights.
         """
+        self.collector.pause()
         num_bytes = hand_over_weights(self.policy.models, self.rollouts, self.policy.version)
         if self.recipe.rollout.verify_weights:
             verify_weights(self.policy.chunks, self.rollouts, self.recipe, self.tokenizer)
@@ -56,6 +59,7 @@ class Run:
 
     def close(self) -> None:
         """Stop what runs beside the trainer."""
+        self.collector.close()
         if self.rollouts is not None:
             self.rollouts.close()
 
@@ -87,6 +91,7 @@ def assemble(recipe: Recipe) -> Run:
         policy=build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe)),
         reference=frozen_copy(models, recipe) if recipe.objective.kl_coefficient > 0 else None,
         rollouts=rollouts,
+        collector=ExperienceCollector(recipe, inputs.prompts, rollouts, inputs.tokenizer),
         routing=RoutingControl(models, recipe) if models[0].config.num_moe_experts is not None else None,
     )
     run.hand_over_weights()

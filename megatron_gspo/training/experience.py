@@ -1,12 +1,12 @@
-"""From a step's prompts to scored groups, and from those to packed mini-batches.
+"""From a step's scored groups to packed mini-batches.
 
-In: prompts, and the data leader's rollout engine and reward. Out: for every data-parallel rank its share of each mini-batch, as
-micro-batches of packed tokens, with the denominators of the whole mini-batch.
+In: the groups that each data leader sampled and scored (`collector`), with their places in the step. Out: for every
+data-parallel rank its share of each mini-batch, as micro-batches of packed tokens, with the denominators of the whole
+mini-batch.
 
-Mini-batch j of m takes the step's prompts [j·P/m, (j + 1)·P/m), and data-parallel rank r of d samples and scores the
-r-th of d equal parts of those: so what a mini-batch holds does not depend on the number of ranks, and a group's
-advantages are computed where all of it is. Then the mini-batch's responses are shared out anew, by their tokens
-(`balance`).
+Mini-batch j of m takes the groups at places [j·P/m, (j + 1)·P/m) of the step's P, wherever they were sampled: what a
+mini-batch holds does not depend on the number of ranks, and a group's advantages are computed where all of it is. Then
+the mini-batch's responses are shared out anew, by their tokens (`balance`).
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ from megatron_gspo.config import Recipe
 from megatron_gspo.context_parallel import pad_multiples
 from megatron_gspo.data.packing import pack, plan_micro_batches
 from megatron_gspo.platform import device
-from megatron_gspo.policy_loss import group_advantages
 from megatron_gspo.training.balance import rebalance, token_imbalance
-from megatron_gspo.training.rollouts import Rollouts
-from megatron_gspo.types import Group, MicroBatch, Prompt, Sample, SamplingSettings
+from megatron_gspo.types import Group, MicroBatch, Sample
 
 
 @dataclass(frozen=True)
 class Experience:
     """One step's share of this data-parallel rank: what it sampled, what it trains on, and what making it cost."""
 
-    groups: tuple[Group, ...]  # as this rank sampled and scored them; their routes went with the samples
+    groups: tuple[Group, ...]  # all that this rank scored in the step; their routes went with the samples
     samples: tuple[tuple[Sample, ...], ...]  # by mini-batch, from any rank's groups
     num_failed_rewards: int
     rollout_s: float
@@ -41,23 +39,31 @@ class Experience:
     @classmethod
     def of(
         cls,
-        mini_batches: Sequence[Sequence[Group]],
-        first_sample: Sequence[int],
+        groups_by_place: Mapping[int, Group],
+        recipe: Recipe,
         *,
+        version: int,
         num_failed_rewards: int,
         rollout_s: float,
         reward_s: float,
+        dropped: Sequence[Group] = (),
         engine_counts: Mapping[str, float] | None = None,
     ) -> Experience:
         """Share out what every rank sampled. A collective among data-parallel ranks.
 
         Args:
-            mini_batches: this rank's groups, by mini-batch.
-            first_sample: index in the step of each mini-batch's first response on this rank.
+            groups_by_place: this rank's groups, by their places among the step's prompts.
+            recipe: says what places make up a mini-batch.
+            version: of the policy that learns from them.
+            dropped: what this rank scored besides, and nobody learns from.
         """
-        samples = [_samples(groups, first) for groups, first in zip(mini_batches, first_sample, strict=True)]
+        training = recipe.training
+        per_mini_batch = training.prompts_per_step // training.mini_batches
+        samples: list[list[Sample]] = [[] for _ in range(training.mini_batches)]
+        for place, group in sorted(groups_by_place.items()):
+            samples[place // per_mini_batch] += _samples(group, place * len(group.responses), version)
         return cls(
-            groups=tuple(_without_routes(group) for groups in mini_batches for group in groups),
+            groups=tuple(_without_routes(group) for group in (*groups_by_place.values(), *dropped)),
             samples=rebalance(samples),
             num_failed_rewards=num_failed_rewards,
             rollout_s=rollout_s,
@@ -78,33 +84,6 @@ class MiniBatch:
     num_responses: int
     num_tokens: int
     rank_token_imbalance: float = 1.0  # tokens of the most loaded data-parallel rank over the mean
-
-
-def collect_experience(
-    prompts: Sequence[Prompt], rollouts: Rollouts | None, recipe: Recipe, settings: SamplingSettings
-) -> Experience:
-    """Sample and score this data-parallel rank's groups.
-
-    The data leader does it (`rollouts` is None elsewhere); the others of its model-parallel group get them from it.
-    """
-    shares, first_sample = prompt_shares(len(prompts), recipe)
-    experience = None
-    if rollouts is not None:
-        own = [prompts[position] for share in shares for position in share]
-        scored = rollouts.sample_and_score(own, recipe.rollout.responses_per_prompt, settings)
-        groups = iter(
-            Group(prompt, responses, rewards, _advantages(rewards, recipe))
-            for prompt, responses, rewards in zip(own, scored.responses, scored.rewards, strict=True)
-        )
-        experience = Experience.of(
-            [[next(groups) for _ in share] for share in shares],
-            first_sample,
-            num_failed_rewards=scored.num_failed_rewards,
-            rollout_s=scored.rollout_s,
-            reward_s=scored.reward_s,
-            engine_counts=scored.engine_counts,
-        )
-    return parallel.broadcast_from_data_leader(experience)
 
 
 def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int) -> list[MiniBatch]:
@@ -152,43 +131,18 @@ def pack_samples(
     )
 
 
-def prompt_shares(num_prompts: int, recipe: Recipe) -> tuple[list[range], list[int]]:
-    """This rank's prompt positions in each mini-batch, and the index of the first response of each."""
-    per_mini_batch = num_prompts // recipe.training.mini_batches
-    per_rank = per_mini_batch // parallel.data_size()
-    assert per_rank * parallel.data_size() * recipe.training.mini_batches == num_prompts, (
-        "the recipe's check holds this"
-    )
-    starts = [
-        mini_batch * per_mini_batch + parallel.data_rank() * per_rank
-        for mini_batch in range(recipe.training.mini_batches)
-    ]
-    return (
-        [range(start, start + per_rank) for start in starts],
-        [start * recipe.rollout.responses_per_prompt for start in starts],
-    )
-
-
-def _advantages(rewards: np.ndarray, recipe: Recipe) -> np.ndarray:
-    return group_advantages(rewards, recipe.objective.advantage_normalization)
-
-
-def _samples(groups: Sequence[Group], first_sample: int) -> list[Sample]:
-    pairs = [
-        (group, response, float(advantage))
-        for group in groups
-        for response, advantage in zip(group.responses, group.advantages, strict=True)
-    ]
+def _samples(group: Group, first_index: int, version: int) -> list[Sample]:
     return [
         Sample(
-            index=first_sample + offset,
+            index=first_index + offset,
             prompt_token_ids=np.asarray(group.prompt.token_ids, dtype=np.int64),
             response_token_ids=response.token_ids,
-            advantage=advantage,
+            advantage=float(advantage),
             behaviour_log_probs=response.log_probs,
             routed_experts=response.routed_experts,
+            staleness=version - response.token_versions,
         )
-        for offset, (group, response, advantage) in enumerate(pairs)
+        for offset, (response, advantage) in enumerate(zip(group.responses, group.advantages, strict=True))
     ]
 
 

@@ -3,7 +3,7 @@
 In: a recipe and a run directory, new or to go on with. Out: the run directory, filled (`report/metrics.py` says with
 what), with checkpoints to go on from and, at the end, the trained policy as a Hugging Face checkpoint.
 
-A step, in the order the data flows: prompts, rollouts and rewards, group advantages, packing plan, old log-probs,
+A step, in the order the data flows: prompts, rollouts, rewards and group advantages (`collector`), packing plan, old log-probs,
 mini-batch updates, weights to the rollout engine, evaluation, checkpoint, metrics.
 """
 
@@ -30,12 +30,12 @@ from megatron_gspo.training.checkpoint_saver import CheckpointSaver
 from megatron_gspo.training.checkpoint_store import CheckpointStore
 from megatron_gspo.training.display import Display, describe, introduction, say_how_to_go_on, say_what_next
 from megatron_gspo.training.evaluation import evaluate
-from megatron_gspo.training.experience import Experience, collect_experience, plan_mini_batches
+from megatron_gspo.training.experience import Experience, plan_mini_batches
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.hand_over import release_memory
 from megatron_gspo.training.old_policy import baseline_log_probs
 from megatron_gspo.training.resume import FoundCheckpoint, find_checkpoint
-from megatron_gspo.training.rollouts import pad_token_id, training_settings
+from megatron_gspo.training.rollouts import pad_token_id
 from megatron_gspo.training.step import MiniBatchLoss, update_policy
 from megatron_gspo.training.step_metrics import Stopwatch, record_experience, timings, with_reward_spread
 from megatron_gspo.training.stopping import StopRequest
@@ -111,9 +111,11 @@ def take_step(
     stop: StopRequest,
 ) -> bool:
     """One step, saved where that is due, and recorded. Returns whether the ranks were asked to stop after it."""
-    experience = collect_step_experience(run, step)
+    experience = run.collector.collect(step, run.policy.version)
+    run.collector.sample_ahead(step + 1, run.policy.version + 1)
     result = learn(run, experience, step, skipped)
     line = step_line(step, run, result.metrics | evaluate_if_due(run, step))
+    run.collector.go_on()  # what a hand-over of weights held up
     if directory is not None and result.volatility:
         directory.write_volatility(step, result.volatility)
     # A signal may reach one rank only, and between any two steps of the others.
@@ -161,12 +163,6 @@ class StepResult:
 
     metrics: dict[str, float]
     volatility: Mapping[str, np.ndarray]  # what `volatility/step_*.npz` keeps; empty where nothing was measured
-
-
-def collect_step_experience(run: Run, step: int) -> Experience:
-    """The next prompts' responses, scored: this data-parallel rank's groups."""
-    prompts = run.prompts.next_prompts(run.recipe.training.prompts_per_step)
-    return collect_experience(prompts, run.rollouts, run.recipe, training_settings(run.recipe, run.tokenizer, step))
 
 
 def learn(run: Run, experience: Experience, step: int, skipped: SkippedUpdates) -> StepResult:

@@ -15,6 +15,7 @@ from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
 from megatron_gspo.training.experience import MiniBatch
 from megatron_gspo.training.forward import token_log_probs
+from megatron_gspo.training.staleness import is_current
 from megatron_gspo.training.totals import Totals
 from megatron_gspo.types import MicroBatch
 
@@ -49,6 +50,10 @@ def baseline_log_probs(
 def record_mismatch(log_probs: Sequence[torch.Tensor], mini_batch: MiniBatch, totals: Totals) -> None:
     """Add to `totals` how far the rollout engine's log-probs are from the trainer's, at equal weights.
 
+    Only responses of which that holds are counted: those that the policy sampled, whole, which now learns from them. Of
+    the others' tokens, `mismatch/stale_log_prob_abs_mean` is the mean |log π_trainer − log π_engine|: engine mismatch and
+    the policy's change since they were sampled.
+
     `mismatch/log_prob_abs_mean` is the mean |log π_trainer − log π_engine| over response tokens; `mismatch/kl` estimates
     KL(engine ‖ trainer) from the engine's own samples as the mean of e^d − 1 − d, d = log π_trainer − log π_engine.
     `mismatch/token_log_std` and `mismatch/sequence_log_std` are the spread of d over tokens, and of its mean over each
@@ -57,10 +62,15 @@ def record_mismatch(log_probs: Sequence[torch.Tensor], mini_batch: MiniBatch, to
     """
     for trainer, micro_batch in zip(log_probs, mini_batch.micro_batches, strict=True):
         difference = trainer.double() - micro_batch.behaviour_log_probs.double()
+        current = is_current(micro_batch)
+        stale = difference[~current]
+        totals.add("mismatch/stale_log_prob_abs_mean", float(stale.abs().sum()), float(len(stale)))
+        means = _response_means(difference, micro_batch)[_response_means(current.double(), micro_batch) > 0]
+        difference = difference[current]
         count = float(len(difference))
         totals.add("mismatch/log_prob_abs_mean", float(difference.abs().sum()), count)
         totals.add("mismatch/kl", float((difference.expm1() - difference).sum()), count)
-        for unit, values in (("token", difference), ("sequence", _response_means(difference, micro_batch))):
+        for unit, values in (("token", difference), ("sequence", means)):
             totals.add(f"mismatch/{unit}_log", float(values.sum()), float(len(values)))
             totals.add(f"mismatch/{unit}_log_squared", float((values * values).sum()), float(len(values)))
 

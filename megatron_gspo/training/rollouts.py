@@ -7,10 +7,9 @@ the other ranks of their model-parallel groups take part in the hand-over only.
 from __future__ import annotations
 
 import json
-import time
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,11 @@ from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
 
 @dataclass(frozen=True)
 class ScoredResponses:
-    """Responses with their rewards, by prompt, and what getting them cost."""
+    """Responses with their rewards, by prompt."""
 
     responses: list[tuple[Response, ...]]
     rewards: list[np.ndarray]  # one [G] float32 a prompt
     num_failed_rewards: int
-    rollout_s: float
-    reward_s: float
-    engine_counts: Mapping[str, float] = field(default_factory=dict)  # `RolloutEngine.take_counts`
 
 
 @dataclass
@@ -48,9 +44,11 @@ class Rollouts:
         self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
     ) -> ScoredResponses:
         """G responses to each prompt, and their rewards."""
-        started = time.perf_counter()
         responses = self.engine.generate(prompts, responses_per_prompt, settings)
-        rolled_out = time.perf_counter()
+        return self.score(prompts, responses)
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[tuple[Response, ...]]) -> ScoredResponses:
+        """The rewards of each prompt's responses, equally many a prompt."""
         items = [
             ScoringItem(
                 prompt=prompt,
@@ -62,12 +60,9 @@ class Rollouts:
         ]
         scored = self.scorer.score(items)
         return ScoredResponses(
-            responses=responses,
-            rewards=list(scored.rewards.reshape(len(prompts), responses_per_prompt)),
+            responses=list(responses),
+            rewards=list(scored.rewards.reshape(len(prompts), -1)) if items else [],
             num_failed_rewards=scored.num_failed,
-            rollout_s=rolled_out - started,
-            reward_s=time.perf_counter() - rolled_out,
-            engine_counts=self.engine.take_counts(),
         )
 
     def close(self) -> None:
@@ -76,16 +71,18 @@ class Rollouts:
         self.scorer.close()
 
 
-def training_settings(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, step: int) -> SamplingSettings:
-    """How step `step` samples; the seed differs by step and data-parallel rank, and by nothing else."""
-    rollout = recipe.rollout
+def training_settings(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, step: int, round_number: int = 0
+) -> SamplingSettings:
+    """How step `step` samples; the seed differs by step, data-parallel rank and the step's round of sampling alone."""
+    rollout, purpose = recipe.rollout, "rollout" if round_number == 0 else f"rollout, round {round_number}"
     return SamplingSettings(
         max_response_tokens=rollout.max_response_tokens,
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         stop_token_ids=stop_token_ids(recipe.model.path, tokenizer),
-        seed=derived_seed(recipe.seed, "rollout", step, parallel.data_rank()),
+        seed=derived_seed(recipe.seed, purpose, step, parallel.data_rank()),
     )
 
 

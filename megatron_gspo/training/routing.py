@@ -40,6 +40,7 @@ from megatron_gspo.routing.volatility_metrics import (
     to_arrays,
 )
 from megatron_gspo.training.experience import Experience, MiniBatch
+from megatron_gspo.training.staleness import is_current
 from megatron_gspo.types import MicroBatch
 
 #: Old policy against the routes that the updates' own forward passes took
@@ -68,11 +69,18 @@ class Comparison:
         old: torch.Tensor,
         new: torch.Tensor,
         old_margins: torch.Tensor | None = None,
+        counted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Count a micro-batch's response tokens, [T, L, K] twice. Returns the experts replaced in all layers, [T]."""
+        """Count a micro-batch's response tokens, [T, L, K] twice, or those of `counted` [T] bool.
+
+        Returns the experts replaced in all layers, of each token that counts.
+        """
+        positions = response_positions(micro_batch.response_cu_seqlens)
+        if counted is not None:
+            old, new, positions = old[counted], new[counted], positions[counted]
+            old_margins = None if old_margins is None else old_margins[counted]
         replaced = parallel.sum_over_stages(count_replaced(old, new).sum(1, dtype=torch.int64))
         if parallel.is_first_token_rank():
-            positions = response_positions(micro_batch.response_cu_seqlens)
             self.change += count_change(
                 old,
                 new,
@@ -190,7 +198,7 @@ class RoutingControl:
                 yield
             if self.measures:
                 routes.natural = _by_mini_batch(session.natural_routes, mini_batches)
-                routes.engine = self._comparison(flat, given, session.natural_routes)
+                routes.engine = self._comparison(flat, given, session.natural_routes, equal_weights=True)
         elif self.replay == "r2" or self.measures:
             with self.taps.record(flat, margins=self.measures, on_host=self.on_host) as session:
                 yield
@@ -225,7 +233,9 @@ class RoutingControl:
         )
         if meets_engine:
             assert routes.replayed is not None, "the engine's"
-            routes.engine = self._comparison(micro_batches, routes.replayed[number], session.natural_routes)
+            routes.engine = self._comparison(
+                micro_batches, routes.replayed[number], session.natural_routes, equal_weights=True
+            )
         elif compares and number > 0:
             assert routes.natural is not None, "what it compares with"
             routes.updates[number] = self._comparison(micro_batches, routes.natural[number], session.natural_routes)
@@ -280,13 +290,20 @@ class RoutingControl:
         return experts, None if routes.margins is None else whole(routes.margins, torch.float32)
 
     def _comparison(
-        self, micro_batches: Sequence[MicroBatch], old: Sequence[MicroBatchRoutes], new: Sequence[MicroBatchRoutes]
+        self,
+        micro_batches: Sequence[MicroBatch],
+        old: Sequence[MicroBatchRoutes],
+        new: Sequence[MicroBatchRoutes],
+        *,
+        equal_weights: bool = False,
     ) -> Comparison:
+        """Compare all response tokens, or with `equal_weights` those of responses that no other weights sampled."""
         comparison = Comparison.empty(self.layout)
         for micro_batch, old_routes, new_routes in zip(micro_batches, old, new, strict=True):
             old_experts, old_margins = self.response_routes(micro_batch, old_routes)
             new_experts, _ = self.response_routes(micro_batch, new_routes)
-            comparison.add(self.layout, micro_batch, old_experts, new_experts, old_margins)
+            counted = is_current(micro_batch) if equal_weights else None
+            comparison.add(self.layout, micro_batch, old_experts, new_experts, old_margins, counted)
         return comparison
 
 

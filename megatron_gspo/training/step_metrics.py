@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from megatron_gspo.environment import peak_memory_gib
 from megatron_gspo.training.evaluation import SOLVED_REWARD
 from megatron_gspo.training.experience import Experience, MiniBatch
+from megatron_gspo.training.staleness import record_staleness
 from megatron_gspo.training.totals import Totals
 
 
@@ -37,16 +38,21 @@ class Stopwatch:
 
 
 def record_experience(experience: Experience, mini_batches: list[MiniBatch], token_budget: int, totals: Totals) -> None:
-    """Measure rewards, groups and responses of this data-parallel rank."""
+    """Measure rewards, groups and responses of this data-parallel rank: of all that were scored, dropped ones too."""
     for group in experience.groups:
-        totals.add("groups/zero_variance_fraction", float(group.rewards.min() == group.rewards.max()), 1)
+        totals.add("groups/zero_variance_fraction", float(not group.teaches), 1)
         totals.add("reward/mean", float(group.rewards.sum()), len(group.rewards))
         totals.add("reward/square_mean", float((group.rewards.astype(float) ** 2).sum()), len(group.rewards))
         totals.add("reward/solved_fraction", float((group.rewards >= SOLVED_REWARD).sum()), len(group.rewards))
+        if group.penalties is not None:
+            totals.add("reward/overlong_penalty_mean", float(group.penalties.sum()), len(group.penalties))
         for response in group.responses:
             totals.add("response/length_mean", len(response.token_ids), 1)
             totals.add("response/truncated_fraction", response.finish_reason == "length", 1)
             totals.count("tokens", len(response.token_ids) + len(group.prompt.token_ids))
+    for sample in (sample for samples in experience.samples for sample in samples):
+        if sample.staleness is not None:
+            record_staleness(sample.staleness, totals)
     totals.count("reward/num_failed", experience.num_failed_rewards)
     for name, number in experience.engine_counts.items():
         totals.count(name, number)

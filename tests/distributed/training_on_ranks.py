@@ -18,7 +18,7 @@ from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.policy_loss import group_advantages
 from megatron_gspo.training import optimizer
 from megatron_gspo.training.assembly import assemble, build_models, reinforcement_learning_rate
-from megatron_gspo.training.experience import Experience, pack_samples, prompt_shares
+from megatron_gspo.training.experience import Experience, pack_samples
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import learn
 from megatron_gspo.training.optimizer import TrainablePolicy, build_trainable_policy
@@ -97,10 +97,11 @@ def keep_first_gradients(policy: TrainablePolicy, gradients: dict[str, torch.Ten
 
 def fixed_experience(recipe: Recipe, step: int) -> Experience:
     """This data-parallel rank's share of responses that the step's number alone decides."""
-    shares, first_sample = prompt_shares(recipe.training.prompts_per_step, recipe)
+    own = range(recipe.training.prompts_per_step)[parallel.data_rank() :: parallel.data_size()]
     return Experience.of(
-        [[_group(recipe, step, position) for position in share] for share in shares],
-        first_sample,
+        {place: _group(recipe, step, place) for place in own},
+        recipe,
+        version=0,
         num_failed_rewards=0,
         rollout_s=1.0,
         reward_s=0.0,

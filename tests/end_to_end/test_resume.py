@@ -71,7 +71,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         training={"steps": 6, "save_every": 3},
         parallel={"data": 2},
         evaluation={"prompts": 2},
-        reward={"name": "tests.end_to_end.length_reward:even_length"},
+        # Groups of equal rewards are dropped, so that each step draws another number of prompts.
+        rollout={"responses_per_prompt": 2, "dynamic_sampling_rounds": 2},
+        reward={"name": "tests.end_to_end.length_reward:even_length", "overlong_buffer_tokens": 3},
     )
     (directory / "tiny.yaml").write_text(text)
     return directory / "tiny.yaml"
@@ -100,6 +102,7 @@ def test_six_steps_equal_three_steps_a_kill_and_three_more(
     assert f"going on from {directory}/checkpoints/step_3, after step 3 of 6" in done.stderr
     assert lines_of(directory) == lines_of(uninterrupted)
     assert any(line["grad_norm"] > 0 for line in lines_of(directory)[1:])
+    assert len({line["groups/num_dropped"] for line in lines_of(directory)[1:]}) > 1
     same_state(uninterrupted / "checkpoints" / "step_6", directory / "checkpoints" / "step_6")
     exported = [path / "checkpoints" / "hf_step_6" / "model.safetensors" for path in (uninterrupted, directory)]
     assert exported[0].read_bytes() == exported[1].read_bytes()

@@ -47,6 +47,8 @@ Refuse = Callable[..., str]
         ("objective:\n  dual_clip: 1\n", ["objective.dual_clip is 1", "above 1"]),
         ("parallel:\n  tensor: 0\n", ["parallel.tensor is 0", "at least 1"]),
         ("parallel:\n  virtual_pipeline: 1\n", ["parallel.virtual_pipeline is 1", "at least 2"]),
+        ("rollout:\n  close_at_fraction: 0\n", ["rollout.close_at_fraction is 0", "above 0"]),
+        ("rollout:\n  max_staleness: 0\n", ["rollout.max_staleness is 0", "at least 1"]),
         ("warmstart:\n  wrong_step_fraction: 2\n", ["warmstart.wrong_step_fraction is 2", "at most 1"]),
     ],
 )
@@ -167,6 +169,14 @@ def test_a_missing_field_is_named_with_what_it_is(recipe_file: Write, refusal: R
         (
             ["evaluation.temperature=0", "evaluation.samples_per_prompt=4"],
             ["evaluation.samples_per_prompt is 4", "1 under evaluation.temperature: 0"],
+        ),
+        (
+            ["rollout.one_step_ahead=true"],
+            ["rollout.one_step_ahead is true", "false under rollout.engine: local"],
+        ),
+        (
+            ["reward.overlong_buffer_tokens=65", "rollout.max_response_tokens=64"],
+            ["reward.overlong_buffer_tokens is 65", "at most rollout.max_response_tokens (64)"],
         ),
         (
             ["data.arithmetic_chain.min_operations=9"],

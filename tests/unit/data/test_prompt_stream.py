@@ -182,3 +182,20 @@ def test_a_chat_that_the_template_refuses_names_the_problem(tmp_path: Path) -> N
 def test_a_name_that_is_no_data_is_refused(name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         open_train(name)
+
+
+@pytest.mark.parametrize("name", ["file", "arithmetic_chain"])
+def test_unfinished_prompts_are_drawn_again_before_all_others(name: str, path: str) -> None:
+    name = path if name == "file" else name
+    stream = open_train(name)
+    drawn = stream.next_prompts(15)
+    unfinished = [drawn[12], drawn[3], drawn[10]]
+    stream.unfinished = tuple(prompt.position for prompt in unfinished)
+    expected = [drawn[3], drawn[10], drawn[12], *stream.next_prompts(2)]
+
+    resumed = open_train(name)
+    resumed.load_state(json.loads(json.dumps(stream.state() | {"cursor": 15})))
+    assert resumed.next_prompts(1) == expected[:1]
+    again = open_train(name)  # stopped once more, before it has drawn all of them
+    again.load_state(json.loads(json.dumps(resumed.state())))
+    assert again.next_prompts(4) == expected[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 
 from megatron_gspo.rollout.engine import RolloutEngine
 from megatron_gspo.rollout.local import LocalEngine
-from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
+from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings, UserError
 
 VOCABULARY_SIZE = 24
 SIZES = {
@@ -265,3 +266,48 @@ def test_a_model_this_engine_cannot_run_is_refused(text: str, message: str, tmp_
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=message):
         LocalEngine(tmp_path)
+
+
+def test_a_closed_batch_goes_on_later_and_each_token_stays_as_it_was_sampled(
+    checkpoint: Path, weights: dict[str, Tensor], reference: PreTrainedModel
+) -> None:
+    routed = hasattr(reference.config, "num_experts")
+    engine = LocalEngine(checkpoint, return_routed_experts=routed, max_concurrent_responses=7)
+    engine.update_weights(weights.items(), version=7)
+    groups = [OpenGroup.of(prompt, 2) for prompt in PROMPTS]
+    closed = engine.generate_until(groups, 1, SAMPLING)
+    assert any(group.is_complete for group in closed)
+    begun = [response for group in closed for response in group.responses if response is not None]
+    assert {"abort", "stop"} <= {response.finish_reason for response in begun}
+    assert len(begun) == 7, "the second batch was not begun"
+
+    other = AutoModelForCausalLM.from_config(reference.config, dtype=torch.float32).eval()
+    other.load_state_dict({name: tensor * 0.9 for name, tensor in reference.state_dict().items()})
+    engine.update_weights(((name, tensor * 0.9) for name, tensor in weights.items()), version=8)
+    finished = engine.generate_until(closed, 4, SAMPLING)
+    engine.close()
+    assert all(group.is_complete for group in finished)
+    for before, after in zip(closed, finished, strict=True):
+        for old, new in zip(before.responses, after.responses, strict=True):
+            num_old = 0 if old is None else len(old.token_ids)
+            assert new.token_ids[:num_old].tolist() == ([] if old is None else old.token_ids.tolist())
+            by_old = expected_log_probs(reference, after.prompt, new, SAMPLING.temperature)
+            by_new = expected_log_probs(other, after.prompt, new, SAMPLING.temperature)
+            expected = np.where(new.token_versions == 7, by_old, by_new)
+            np.testing.assert_allclose(new.log_probs, expected, atol=1e-4)
+            assert (new.token_versions == 7).sum() == num_old
+            assert not np.isin(new.token_ids[:-1], SAMPLING.stop_token_ids).any()
+            assert len(new.token_ids) <= SAMPLING.max_response_tokens
+            if routed:
+                assert len(new.routed_experts) == len(after.prompt.token_ids) + len(new.token_ids) - 1
+                num_routes = 0 if old is None else len(old.routed_experts)
+                assert new.routed_experts[:num_routes].tolist() == ([] if old is None else old.routed_experts.tolist())
+
+
+def test_an_interrupted_call_has_lost_nothing(engine: RolloutEngine) -> None:
+    interrupt = threading.Event()
+    interrupt.set()
+    groups = [OpenGroup.of(prompt, 2) for prompt in PROMPTS]
+    assert engine.generate_until(groups, 4, SAMPLING, interrupt) == groups
+    interrupt.clear()
+    assert all(group.is_complete for group in engine.generate_until(groups, 4, SAMPLING, interrupt))

@@ -17,6 +17,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLaye
 from megatron_gspo.rollout.sglang_http import ServerFaultError
 from megatron_gspo.rollout.sglang_response import (
     Expected,
+    NothingSampledError,
     ResponseSchemaError,
     RoutesShape,
     StaleWeightsError,
@@ -155,3 +156,42 @@ def test_the_end_of_sequence_is_ignored_only_where_nothing_stops_a_response():
     assert (sampling["stop_token_ids"], sampling["ignore_eos"], sampling["top_k"]) == ([1], False, -1)
     sampling = request_body(PROMPT, SamplingSettings(5, top_k=7), return_routed_experts=False)["sampling_params"]
     assert (sampling["stop_token_ids"], sampling["ignore_eos"], sampling["top_k"]) == ([], True, 7)
+
+
+def test_the_rest_of_a_response_is_asked_for_by_its_tokens_and_joined_to_them():
+    routes = np.arange(3 * 3 * 2).reshape(3, 3, 2) % 8
+    called_off = changed(finish_reason={"type": "abort"}, routed_experts=encoded(routes))
+    called_off = {
+        "output_ids": [9],
+        "meta_info": called_off["meta_info"] | {"output_token_logprobs": [[-0.5, 9, None]]},
+    }
+    so_far = decode_answer(called_off, PROMPT, SETTINGS, EXPECTED, is_called_off=True)
+    assert (so_far.finish_reason, so_far.token_ids.tolist()) == ("abort", [9])
+    body = request_body(PROMPT, SETTINGS, return_routed_experts=True, so_far=so_far, request_id="one")
+    assert (body["input_ids"], body["sampling_params"]["max_new_tokens"], body["rid"]) == ([4, 5, 6, 9], 2, "one")
+
+    newer = Expected(weight_label="run.5", weight_version=5, routes=SHAPE, sglang_version="0.5.99")
+    all_routes = 7 - np.arange(5 * 3 * 2).reshape(5, 3, 2) % 8
+    rest = changed(weight_version="run.5", weight_versions=[], routed_experts=encoded(all_routes))
+    response = decode_answer(rest, PROMPT, SETTINGS, newer, so_far=so_far)
+    assert response.token_ids.tolist() == [9, 9, 1]
+    assert response.log_probs.tolist() == [-0.5, -0.5, -0.25]
+    assert response.token_versions.tolist() == [4, 5, 5]
+    np.testing.assert_array_equal(response.routed_experts, np.concatenate([routes, all_routes[3:]]))
+
+
+@pytest.mark.parametrize(("max_tokens", "stop", "reason"), [(3, 1, "stop"), (2, 2, "length"), (3, 2, "abort")])
+def test_called_off_at_its_last_token_a_response_has_ended_all_the_same(max_tokens: int, stop: int, reason: str):
+    called_off = changed(finish_reason={"type": "abort"})
+    settings = SamplingSettings(max_response_tokens=max_tokens, stop_token_ids=(stop,))
+    assert decode_answer(called_off, PROMPT, settings, EXPECTED, is_called_off=True).finish_reason == reason
+
+
+def test_a_response_that_was_called_off_in_the_queue_has_not_begun():
+    queued = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort"}, "weight_version": "run.4"}}
+    with pytest.raises(NothingSampledError):
+        decode_answer(queued, PROMPT, SETTINGS, EXPECTED, is_called_off=True)
+    without_routes = changed(finish_reason={"type": "abort"})
+    del without_routes["meta_info"]["routed_experts"]
+    with pytest.raises(NothingSampledError):
+        decode_answer(without_routes, PROMPT, SETTINGS, EXPECTED, is_called_off=True)

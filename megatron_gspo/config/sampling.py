@@ -1,0 +1,28 @@
+"""What must hold between the recipe's fields that say which responses a step learns from, and when they are sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from megatron_gspo.config.refusal import Refusal, not_accepted
+
+if TYPE_CHECKING:
+    from megatron_gspo.config.schema import Recipe
+
+
+def check_sampling(recipe: Recipe) -> Iterator[Refusal]:
+    """What is wrong with generation ahead, and with the shaping of rewards."""
+    if recipe.rollout.one_step_ahead and recipe.rollout.engine == "local":
+        yield not_accepted(
+            "rollout.one_step_ahead",
+            True,
+            "false under rollout.engine: local, which samples in the trainer's process and cannot while that trains",
+        )
+    buffer, longest = recipe.reward.overlong_buffer_tokens, recipe.rollout.max_response_tokens
+    if buffer > longest:
+        yield not_accepted(
+            "reward.overlong_buffer_tokens",
+            buffer,
+            f"at most rollout.max_response_tokens ({longest}), so that there are lengths that cost nothing",
+        )
