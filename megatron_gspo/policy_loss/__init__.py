@@ -4,7 +4,8 @@ Pure tensor functions; nothing here needs CUDA, Megatron-Core or a process group
 
     importance ratio (`ratio`)  ×  trust region (`trust_region`)  ×  aggregation (`aggregation`),
 
-with the group's advantages (`advantages`, eq. 7) and an optional KL penalty (`kl`) beside it. `gspo`, `gspo_token` and
+with the group's advantages (`advantages`, eq. 7), and optionally a weight for the engine that sampled
+(`truncated_importance`) and a KL penalty (`kl`). `gspo`, `gspo_token` and
 `grpo` are one file each; one's own is an `Objective` in any importable module, named `package.module:attribute`.
 """
 

@@ -261,6 +261,17 @@ VOLATILITY = (
         "log π_trainer - log π_engine at equal weights; the sequence's is its mean over tokens (eq. 8, §5.4).",
     ),
     Panel(
+        "importance_weights",
+        "Truncated importance weights",
+        {
+            "mismatch/importance_weight_mean": "mean weight of a token",
+            "mismatch/importance_truncated_fraction": "share of tokens at the cap",
+        },
+        Axis("weight, share"),
+        "Near 1 and near 0 the engines agree; a falling mean or a rising share is a mismatch that the cap hides.",
+        "min(π_trainer / π_engine, objective.truncated_importance_cap) at the weights that sampled the token (§5.4).",
+    ),
+    Panel(
         "load",
         "Expert load",
         {"routing/load_cv": "spread of the load", "routing/dead_experts": "experts without a token"},

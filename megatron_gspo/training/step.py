@@ -72,6 +72,8 @@ class MiniBatchLoss:
                 dual_clip=objective.dual_clip,
                 aggregation=objective.aggregation,
                 constant_length=self._constant_length(),
+                behaviour_log_probs=micro_batch.behaviour_log_probs,
+                truncated_importance_cap=objective.truncated_importance_cap,
                 reference_log_probs=self.reference_log_probs[position] if self.reference_log_probs else None,
                 kl_coefficient=objective.kl_coefficient,
                 kl_estimator=objective.kl_estimator,

@@ -157,6 +157,10 @@ def test_a_missing_field_is_named_with_what_it_is(recipe_file: Write, refusal: R
             ["routing.replay is the text 'r2'", "off or r3 under rollout.old_log_probs: engine"],
         ),
         (
+            ["objective.truncated_importance_cap=2", "rollout.old_log_probs=engine"],
+            ["objective.truncated_importance_cap is 2", "null under rollout.old_log_probs: engine"],
+        ),
+        (
             ["training.min_learning_rate=1e-3", "training.learning_rate=1e-4"],
             ["training.min_learning_rate is 0.001", "at most training.learning_rate (0.0001)"],
         ),
