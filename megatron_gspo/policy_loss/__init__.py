@@ -9,7 +9,7 @@ with the group's advantages (`advantages`, eq. 7), and optionally a weight for t
 `grpo` are one file each; one's own is an `Objective` in any importable module, named `package.module:attribute`.
 """
 
-from megatron_gspo.policy_loss.advantages import group_advantages
+from megatron_gspo.policy_loss.advantages import group_advantages, token_advantages
 from megatron_gspo.policy_loss.base import Objective, ObjectiveInputs, PolicyLossOutput, WideClipRangeWarning
 from megatron_gspo.policy_loss.finite import NonFiniteLogProbError
 from megatron_gspo.policy_loss.loss import policy_loss
@@ -35,4 +35,5 @@ __all__ = [
     "group_advantages",
     "policy_loss",
     "resolve_objective",
+    "token_advantages",
 ]

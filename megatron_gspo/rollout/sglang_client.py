@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_gspo.rollout.engine import EngineGoneError
 from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
 from megatron_gspo.rollout.sglang_response import (
     Expected,
@@ -36,7 +37,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0
 LOOK_EVERY_S = 0.5
 
 
-class ServersGoneError(TrainingFailedError):
+class ServersGoneError(EngineGoneError):
     """No server has answered for longer than the recipe allows."""
 
 

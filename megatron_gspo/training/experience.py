@@ -21,10 +21,11 @@ from megatron_gspo.config import Recipe
 from megatron_gspo.context_parallel import pad_multiples
 from megatron_gspo.data.packing import pack, plan_micro_batches
 from megatron_gspo.platform import device
-from megatron_gspo.policy_loss import group_advantages
+from megatron_gspo.policy_loss import group_advantages, resolve_objective, token_advantages
+from megatron_gspo.training.agreement import unless_an_engine_is_gone
 from megatron_gspo.training.balance import rebalance, token_imbalance
 from megatron_gspo.training.rollouts import Rollouts
-from megatron_gspo.types import Group, MicroBatch, Prompt, Sample, SamplingSettings
+from megatron_gspo.types import Group, MicroBatch, Prompt, Response, Sample, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,20 @@ def collect_experience(
     """Sample and score this data-parallel rank's groups.
 
     The data leader does it (`rollouts` is None elsewhere); the others of its model-parallel group get them from it.
+
+    Raises:
+        OutageError: a data leader's engine is gone; on every rank.
     """
     shares, first_sample = prompt_shares(len(prompts), recipe)
     experience = None
-    if rollouts is not None:
-        own = [prompts[position] for share in shares for position in share]
-        scored = rollouts.sample_and_score(own, recipe.rollout.responses_per_prompt, settings)
+    own = [prompts[position] for share in shares for position in share]
+    group_size = recipe.rollout.responses_per_prompt
+    scored = unless_an_engine_is_gone(
+        lambda: None if rollouts is None else rollouts.sample_and_score(own, group_size, settings)
+    )
+    if scored is not None:
         groups = iter(
-            Group(prompt, responses, rewards, _advantages(rewards, recipe))
+            _group(prompt, responses, rewards, recipe)
             for prompt, responses, rewards in zip(own, scored.responses, scored.rewards, strict=True)
         )
         experience = Experience.of(
@@ -112,7 +119,7 @@ def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int)
     planned = []
     for samples in experience.samples:
         counts = parallel.sum_over_data_ranks(
-            [float(len(samples)), float(sum(len(sample.response_token_ids) for sample in samples))]
+            [float(len(samples)), float(sum(sample.num_sampled_tokens for sample in samples))]
         )
         planned.append(
             MiniBatch(
@@ -169,15 +176,21 @@ def prompt_shares(num_prompts: int, recipe: Recipe) -> tuple[list[range], list[i
     )
 
 
-def _advantages(rewards: np.ndarray, recipe: Recipe) -> np.ndarray:
-    return group_advantages(rewards, recipe.objective.advantage_normalization)
+def _group(prompt: Prompt, responses: tuple[Response, ...], rewards: np.ndarray, recipe: Recipe) -> Group:
+    """With advantages: of each token, where rewards came on the way and the objective takes them, beside each response's."""
+    normalization = recipe.objective.advantage_normalization
+    advantages = group_advantages(rewards, normalization)
+    on_the_way = [response.token_rewards for response in responses if response.token_rewards is not None]
+    if not any(own.any() for own in on_the_way) or not resolve_objective(recipe.objective.name).takes_token_advantages:
+        return Group(prompt, responses, rewards, advantages)
+    return Group(prompt, responses, rewards, advantages, tuple(token_advantages(rewards, on_the_way, normalization)))
 
 
 def _samples(groups: Sequence[Group], first_sample: int) -> list[Sample]:
-    pairs = [
-        (group, response, float(advantage))
+    parts = [
+        (group, response, float(advantage), group.token_advantages[number] if group.token_advantages else None)
         for group in groups
-        for response, advantage in zip(group.responses, group.advantages, strict=True)
+        for number, (response, advantage) in enumerate(zip(group.responses, group.advantages, strict=True))
     ]
     return [
         Sample(
@@ -187,8 +200,10 @@ def _samples(groups: Sequence[Group], first_sample: int) -> list[Sample]:
             advantage=advantage,
             behaviour_log_probs=response.log_probs,
             routed_experts=response.routed_experts,
+            is_sampled=response.is_sampled,
+            token_advantages=of_tokens,
         )
-        for offset, (group, response, advantage) in enumerate(pairs)
+        for offset, (group, response, advantage, of_tokens) in enumerate(parts)
     ]
 
 

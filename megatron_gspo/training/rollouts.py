@@ -21,6 +21,7 @@ from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
 from megatron_gspo.reward import RewardScorer, ScoringItem
 from megatron_gspo.rollout.engine import RolloutEngine
+from megatron_gspo.rollout.multi_turn import MultiTurn
 from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
 
 
@@ -29,7 +30,8 @@ class ScoredResponses:
     """Responses with their rewards, by prompt, and what getting them cost."""
 
     responses: list[tuple[Response, ...]]
-    rewards: list[np.ndarray]  # one [G] float32 a prompt
+    rewards: list[np.ndarray]  # one [G] float32 a prompt, with what an environment gave on the way
+    outcomes: list[np.ndarray]  # the same without: what the reward makes of how the response ended
     num_failed_rewards: int
     rollout_s: float
     reward_s: float
@@ -43,31 +45,36 @@ class Rollouts:
     engine: RolloutEngine
     scorer: RewardScorer
     tokenizer: PreTrainedTokenizerBase
+    multi_turn: MultiTurn | None = None  # samples turn by turn where the recipe has an environment
 
     def sample_and_score(
         self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
     ) -> ScoredResponses:
-        """G responses to each prompt, and their rewards."""
+        """G responses to each prompt, and their rewards. Of several turns the last one's text is scored."""
         started = time.perf_counter()
-        responses = self.engine.generate(prompts, responses_per_prompt, settings)
+        sampler = self.multi_turn or self.engine
+        responses = sampler.generate(prompts, responses_per_prompt, settings)
         rolled_out = time.perf_counter()
         items = [
             ScoringItem(
                 prompt=prompt,
-                response_text=self.tokenizer.decode(response.token_ids, skip_special_tokens=True),
+                response_text=self.tokenizer.decode(response.last_turn_token_ids, skip_special_tokens=True),
                 finished=response.finish_reason == "stop",
             )
             for prompt, group in zip(prompts, responses, strict=True)
             for response in group
         ]
         scored = self.scorer.score(items)
+        on_the_way = np.array([r.environment_reward for group in responses for r in group], dtype=np.float32)
+        shape = (len(prompts), responses_per_prompt)
         return ScoredResponses(
             responses=responses,
-            rewards=list(scored.rewards.reshape(len(prompts), responses_per_prompt)),
+            rewards=list((scored.rewards + on_the_way).reshape(shape)),
+            outcomes=list(scored.rewards.reshape(shape)),
             num_failed_rewards=scored.num_failed,
             rollout_s=rolled_out - started,
             reward_s=time.perf_counter() - rolled_out,
-            engine_counts=self.engine.take_counts(),
+            engine_counts=self.engine.take_counts() | (self.multi_turn.take_counts() if self.multi_turn else {}),
         )
 
     def close(self) -> None:

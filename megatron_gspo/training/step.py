@@ -92,7 +92,7 @@ class MiniBatchLoss:
         objective = self.recipe.objective
         if objective.aggregation != "constant_length":
             return None
-        return objective.constant_length or self.recipe.rollout.max_response_tokens
+        return objective.constant_length or self.recipe.max_sampled_tokens
 
 
 def update_policy(

@@ -44,7 +44,11 @@ def record_experience(experience: Experience, mini_batches: list[MiniBatch], tok
         totals.add("reward/square_mean", float((group.rewards.astype(float) ** 2).sum()), len(group.rewards))
         totals.add("reward/solved_fraction", float((group.rewards >= SOLVED_REWARD).sum()), len(group.rewards))
         for response in group.responses:
-            totals.add("response/length_mean", len(response.token_ids), 1)
+            totals.add("response/length_mean", response.num_sampled_tokens, 1)
+            if response.is_sampled is not None:
+                totals.add("response/turns_mean", response.num_turns, 1)
+                observed = len(response.token_ids) - response.num_sampled_tokens
+                totals.add("response/observation_tokens_mean", observed, 1)
             totals.add("response/truncated_fraction", response.finish_reason == "length", 1)
             totals.count("tokens", len(response.token_ids) + len(group.prompt.token_ids))
     totals.count("reward/num_failed", experience.num_failed_rewards)

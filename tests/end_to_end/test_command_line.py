@@ -220,6 +220,25 @@ def test_the_engines_own_likelihoods_serve_as_the_old_policy(
         assert line["ratio/token_abs_log_max"] > 0
 
 
+def test_responses_of_several_turns_are_learned_from_where_the_policy_wrote_them(
+    recipe: Path, program: Program, tmp_path: Path
+):
+    options = ["environment.name=tests.unit.rollout.talkative:Talkative", "environment.max_observation_tokens=8"]
+    options += ["objective.name=gspo_token", "routing.replay=r3", "parallel.tensor=2"]
+    done = program.run("train", recipe, *options, "--output-dir", tmp_path / "run", num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    for line in lines_of(tmp_path / "run")[1:]:
+        assert 1.5 < line["response/turns_mean"] <= 4
+        assert line["response/observation_tokens_mean"] >= 3 * line["response/turns_mean"]
+        assert line["rollout/num_environment_failures"] == 0
+        assert line["reward/mean"] > 0.25  # a quarter a turn that ended by itself
+        # Each sampled token is scored where it was sampled, and each token's experts, the environment's too, are replayed.
+        assert line["mismatch/log_prob_abs_mean"] < 1e-5
+        assert line["routing/engine_disagreement"] == 0.0
+        assert line["routing/replayed_token_fraction"] == 1.0
+        assert line["grad_norm"] > 0.01
+
+
 def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, program: Program, tmp_path: Path):
     problems = tmp_path / "problems.jsonl"
     problems.write_text("".join(json.dumps(problem) + "\n" for problem in PROBLEMS))
