@@ -91,7 +91,15 @@ TRAINING = (
         {"response/length_mean": "rollouts", "eval/*/length_mean": "held-out *"},
         Axis("tokens"),
         "Sudden growth or shrinkage means that the policy found another way to be rewarded.",
-        "Mean tokens |y| of a response, the stop token included.",
+        "Mean tokens |y| of a response, the stop token included; of several turns those that the policy sampled.",
+    ),
+    Panel(
+        "turns",
+        "Turns of a response",
+        {"response/turns_mean": "turns", "response/observation_tokens_mean": "tokens of the environment"},
+        Axis("mean of a response"),
+        "One turn throughout means that the policy has stopped asking its environment, or never began.",
+        "Stretches of tokens that the policy sampled, and what an environment wrote between them (environment.name).",
     ),
     Panel(
         "groups",
