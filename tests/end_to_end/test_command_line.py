@@ -196,10 +196,11 @@ def test_two_tensor_parallel_ranks_do_the_run_of_one(recipe: Path, cold_start: P
                 assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
 
-def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(
+def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty_and_truncated_importance(
     recipe: Path, cold_start: Path, program: Program, tmp_path: Path
 ):
     options = ["parallel.expert=2", "objective.name=grpo", "objective.kl_coefficient=0.01"]
+    options += ["objective.truncated_importance_cap=2"]
     done = program.run(
         "train", recipe, f"model.path={cold_start}", *options, "--output-dir", tmp_path / "run", num_ranks=2
     )
@@ -207,6 +208,9 @@ def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(
     first, second = lines_of(tmp_path / "run")[1:]
     assert first["loss/kl"] >= 0
     assert second["loss/kl"] > 0
+    for line in (first, second):  # one precision: the engine that samples is the trainer's policy up to round-off
+        assert line["mismatch/importance_weight_mean"] == pytest.approx(1, abs=1e-5)
+        assert line["mismatch/importance_truncated_fraction"] == 0
 
 
 def test_the_engines_own_likelihoods_serve_as_the_old_policy(
