@@ -1,7 +1,7 @@
 """The `megatron-gspo` program.
 
 In: arguments. Out: an exit status: 0 done; 1 failed; 2 bad recipe, arguments or input data, said in one line; 75 stopped
-as a signal asked, to be gone on with. What a command needs is imported when it runs, and what can be refused without
+as a signal asked or because no rollout engine is left, to be gone on with. What a command needs is imported when it runs, and what can be refused without
 PyTorch is refused before PyTorch is imported: `--help` and most mistakes are answered at once.
 """
 
@@ -256,8 +256,11 @@ def _refuse_early(recipe: Recipe) -> None:
     """Refuse what needs no rank to be refused. Every rank does so again, since data may lie on disks of their own."""
     from megatron_gspo.config import require_data_files
     from megatron_gspo.reward.registry import BY_PROBLEM, reward_import_path
+    from megatron_gspo.rollout.environments import environment_import_path
 
     require_data_files(recipe)
+    if recipe.environment.name is not None:
+        environment_import_path(recipe.environment.name)
     if recipe.reward.name != BY_PROBLEM:
         reward_import_path(recipe.reward.name)
 

@@ -16,7 +16,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-#: A run that stopped because a signal asked it to, and that can be gone on with (EX_TEMPFAIL of sysexits.h).
+#: A run that stopped because a signal asked it to, or without a rollout engine, and that can be gone on with
+#: (EX_TEMPFAIL of sysexits.h).
 EXIT_STOPPED = 75
 
 #: How long ranks get to end by themselves after one has failed, before they are killed.

@@ -66,21 +66,51 @@ class VersionSpan:
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response to a prompt, exactly as the rollout engine produced it."""
+    """One sampled response to a prompt, exactly as the rollout engine produced it.
+
+    One of several turns holds what an environment answered too; it begins or goes on with a sampled token behind that, and
+    ends with one.
+    """
 
     prompt_id: str
     token_ids: np.ndarray  # [tokens] int64; ends with the stop token when finish_reason is "stop"
-    log_probs: np.ndarray  # [tokens] float32, log-prob of each token under the policy that sampled it
+    log_probs: np.ndarray  # [tokens] float32, log-prob of each token under the policy that sampled it; 0 where none did
     finish_reason: FinishReason
-    weight_version: (
-        int  # the policy version that sampled it, or its last tokens where `earlier` ones sampled the others
-    )
+    weight_version: int  # the policy version that sampled it; where `earlier` ones did in part, the last tokens'
     routed_experts: np.ndarray | None = None  # [prompt + tokens - 1, L, K]; the last token has no route
     earlier: tuple[VersionSpan, ...] = ()  # from token 0 on, the tokens that earlier versions sampled
+    is_sampled: np.ndarray | None = None  # [tokens] bool, False for an environment's tokens; None where there are none
+    token_rewards: np.ndarray | None = None  # [tokens] float32, an environment's, each at the last token of its turn
 
     def __post_init__(self) -> None:
         assert self.token_ids.ndim == 1 and len(self.token_ids) > 0, "a response has at least one token"
         assert self.token_ids.shape == self.log_probs.shape, "one log-prob a response token"
+        assert self.is_sampled is None or self.is_sampled[-1], "a response ends with a token of the policy"
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """|y| of the paper: tokens that the policy sampled."""
+        return len(self.token_ids) if self.is_sampled is None else int(self.is_sampled.sum())
+
+    @property
+    def num_turns(self) -> int:
+        """Stretches of sampled tokens."""
+        if self.is_sampled is None:
+            return 1
+        begins = self.is_sampled & ~np.concatenate([[False], self.is_sampled[:-1]])
+        return int(begins.sum())
+
+    @property
+    def last_turn_token_ids(self) -> np.ndarray:
+        """What was sampled after the last token of an environment; all tokens where there is none."""
+        if self.is_sampled is None or self.is_sampled.all():
+            return self.token_ids
+        return self.token_ids[int(np.flatnonzero(~self.is_sampled)[-1]) + 1 :]
+
+    @property
+    def environment_reward(self) -> float:
+        """The sum of an environment's rewards."""
+        return 0.0 if self.token_rewards is None else float(self.token_rewards.sum())
 
     @property
     def version_spans(self) -> tuple[VersionSpan, ...]:
@@ -121,9 +151,9 @@ class Group:
     responses: tuple[Response, ...]
     rewards: np.ndarray  # [G] float32, as the reward function gave them
     advantages: np.ndarray  # [G] float32
-    penalties: np.ndarray | None = (
-        None  # [G] float32, at most 0: added to the rewards before the advantages (reward/overlong.py)
-    )
+    penalties: np.ndarray | None = None  # [G] float32, at most 0: added to the rewards before the advantages
+    # of each response [tokens] float32, where they differ along responses (eq. 14)
+    token_advantages: tuple[np.ndarray, ...] | None = None
 
     def __post_init__(self) -> None:
         assert len(self.responses) == len(self.rewards) == len(self.advantages), "one reward and advantage a response"
@@ -131,7 +161,7 @@ class Group:
     @property
     def teaches(self) -> bool:
         """Whether its responses differ in what they are worth: in a group of equal ones every advantage is exactly 0."""
-        return bool(self.advantages.any())
+        return bool(self.advantages.any()) or any(bool(of_tokens.any()) for of_tokens in self.token_advantages or ())
 
 
 @dataclass(frozen=True)
@@ -145,11 +175,18 @@ class Sample:
     behaviour_log_probs: np.ndarray  # [response] float32, from the rollout engine
     routed_experts: np.ndarray | None = None  # `Response.routed_experts`
     staleness: np.ndarray | None = None  # [response] int64, policy versions since each token was sampled; None: all 0
+    is_sampled: np.ndarray | None = None  # [response] bool; only these tokens are learned from; None for all
+    token_advantages: np.ndarray | None = None  # [response] float32, in place of `advantage`; read where sampled
 
     @property
     def num_tokens(self) -> int:
         """Prompt and response tokens together."""
         return len(self.prompt_token_ids) + len(self.response_token_ids)
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        """Tokens that are learned from: |y| of the paper."""
+        return len(self.response_token_ids) if self.is_sampled is None else int(self.is_sampled.sum())
 
 
 @dataclass(frozen=True)
@@ -157,7 +194,8 @@ class MicroBatch:
     """Samples packed one after the other (`thd`), on the model's device.
 
     A response token at packed position p is predicted by the hidden state at p - 1; `predicting_positions` holds those
-    p - 1, in packing order, so prompt tokens and padding never reach the output layer. Padding, where the packed length
+    p - 1, in packing order, so prompt tokens and padding never reach the output layer. Nor do tokens that an environment
+    wrote into a response: the model reads them, and for everything behind it they are not among the T. Padding, where the packed length
     must be a multiple of something, is a segment of its own at the end; where each segment's length must be, it also ends
     the segments of samples, whose tokens never attend to it.
 
@@ -174,7 +212,7 @@ class MicroBatch:
     target_token_ids: torch.Tensor  # [T] int64, the response tokens
     response_cu_seqlens: torch.Tensor  # [N + 1] int64; response i owns T[cu[i]:cu[i + 1]]
     sample_indices: tuple[int, ...]  # [N] `Sample.index` of each response
-    advantages: torch.Tensor  # [N] float32
+    advantages: torch.Tensor  # [N] float32; or [T], where they differ along responses
     behaviour_log_probs: torch.Tensor  # [T] float32
     num_padding_tokens: int = 0
     staleness: torch.Tensor | None = None  # [T] int64, `Sample.staleness`; None: all 0

@@ -96,6 +96,13 @@ def _check_objective(recipe: Recipe) -> Iterator[Refusal]:
             objective.constant_length,
             f"null under objective.aggregation: {objective.aggregation}; only constant_length divides by it",
         )
+    if objective.truncated_importance_cap is not None and recipe.rollout.old_log_probs == "engine":
+        yield not_accepted(
+            "objective.truncated_importance_cap",
+            objective.truncated_importance_cap,
+            "null under rollout.old_log_probs: engine, where the clipped ratio is taken against the engine's own log-probs "
+            "and there are no others to weigh them by; rollout.old_log_probs: trainer recomputes those",
+        )
     if recipe.routing.replay == "r2" and recipe.rollout.old_log_probs == "engine":
         yield not_accepted(
             "routing.replay",

@@ -76,13 +76,19 @@ def _check_attention(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refu
         yield Refusal(
             "model.path", f"holds a config.json with {heads} num_attention_heads; accepted: a multiple of {groups}"
         )
-    tokens = recipe.rollout.max_prompt_tokens + recipe.rollout.max_response_tokens
-    if tokens > shapes["max_position_embeddings"]:
+    multi_turn = recipe.environment.name is not None
+    if recipe.max_sequence_tokens > shapes["max_position_embeddings"]:
         yield not_accepted(
             "rollout.max_response_tokens",
             recipe.rollout.max_response_tokens,
             f"together with rollout.max_prompt_tokens ({recipe.rollout.max_prompt_tokens}) at most the model's "
-            f"max_position_embeddings ({shapes['max_position_embeddings']})",
+            f"max_position_embeddings ({shapes['max_position_embeddings']})"
+            + (
+                f"; environment.max_turns ({recipe.environment.max_turns}) times it and "
+                f"environment.max_observation_tokens ({recipe.environment.max_observation_tokens})"
+                if multi_turn
+                else ""
+            ),
         )
 
 

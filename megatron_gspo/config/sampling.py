@@ -19,10 +19,18 @@ def check_sampling(recipe: Recipe) -> Iterator[Refusal]:
             True,
             "false under rollout.engine: local, which samples in the trainer's process and cannot while that trains",
         )
-    buffer, longest = recipe.reward.overlong_buffer_tokens, recipe.rollout.max_response_tokens
+    if recipe.environment.name is not None and recipe.rollout.close_at_fraction < 1:
+        yield not_accepted(
+            "rollout.close_at_fraction",
+            recipe.rollout.close_at_fraction,
+            f"1 under environment.name: {recipe.environment.name}, whose responses are sampled turn by turn to their end",
+        )
+    if recipe.environment.name is not None and recipe.rollout.one_step_ahead:
+        yield not_accepted("rollout.one_step_ahead", True, f"false under environment.name: {recipe.environment.name}")
+    buffer, longest = recipe.reward.overlong_buffer_tokens, recipe.max_sampled_tokens
     if buffer > longest:
         yield not_accepted(
             "reward.overlong_buffer_tokens",
             buffer,
-            f"at most rollout.max_response_tokens ({longest}), so that there are lengths that cost nothing",
+            f"at most the {longest} tokens of the longest response, so that there are lengths that cost nothing",
         )

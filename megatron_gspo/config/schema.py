@@ -106,9 +106,13 @@ class ObjectiveSection(Section):
     aggregation: Literal["sequence_mean", "token_mean", "constant_length"] = "sequence_mean"
     """How token losses become one number; the paper's (eqs. 2, 6, 14) is the mean over responses of the mean over tokens."""
     constant_length: Positive | None = None
-    """Tokens to divide by under `aggregation: constant_length`; null takes `rollout.max_response_tokens`."""
+    """Tokens to divide by under `aggregation: constant_length`; null takes `rollout.max_response_tokens` (times
+    `environment.max_turns` under an environment)."""
     advantage_normalization: Literal["std", "none"] = "std"
     """Divide a group's centred rewards by their standard deviation (eq. 7), or not."""
+    truncated_importance_cap: Annotated[float, Field(ge=1.0)] | None = None
+    """Multiply what a token adds to the loss by min(π_trainer / π_engine, this), both at the weights that sampled it; null
+    multiplies by nothing. A response's ratio has one weight a response. Needs `rollout.old_log_probs: trainer`; 2 is usual."""
     kl_coefficient: NonNegativeFloat = 0.0
     """Weight of the KL penalty to the reference policy (the weights the run started from); 0 builds no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -161,6 +165,18 @@ class RolloutSection(Section):
     sglang: SglangSection = SglangSection()
 
 
+class EnvironmentSection(Section):
+    """What answers in the middle of a response, which then has several turns."""
+
+    name: str | None = None
+    """`calculator`, or `package.module:attribute` that makes environments of one's own; null for responses of one turn.
+    Under an environment `rollout.max_response_tokens` bounds a turn."""
+    max_turns: Annotated[int, Field(ge=2)] = 4
+    """A response that has not ended after as many turns is cut there."""
+    max_observation_tokens: Positive = 256
+    """Longer answers of the environment are cut after as many tokens."""
+
+
 class RewardSection(Section):
     name: str = "task"
     """`task` (what the built-in task or data set asks for), `exact`, `math`, or `package.module:function`."""
@@ -178,6 +194,8 @@ class ChainSection(Section):
     max_operations: Positive = 4
     largest_operand: Annotated[int, Field(ge=1, le=9)] = 3
     """Operands are drawn from 1 to this; above 3 a tiny model takes far longer to leave guessing behind."""
+    calculator: Switch = False
+    """Demonstrations ask for each result, as `environment.name: calculator` answers it; a wrong step is one made unasked."""
 
 
 class DataSection(Section):
@@ -266,6 +284,7 @@ class Recipe(Section):
     objective: ObjectiveSection = ObjectiveSection()
     routing: RoutingSection = RoutingSection()
     rollout: RolloutSection = RolloutSection()
+    environment: EnvironmentSection = EnvironmentSection()
     reward: RewardSection = RewardSection()
     data: DataSection
     training: TrainingSection
@@ -273,3 +292,16 @@ class Recipe(Section):
     warmstart: WarmstartSection = WarmstartSection()
     logging: LoggingSection = LoggingSection()
     slurm: SlurmSection = SlurmSection()
+
+    @property
+    def max_sampled_tokens(self) -> int:
+        """Tokens that the policy samples of a response, over all turns, at most."""
+        return self.rollout.max_response_tokens * (1 if self.environment.name is None else self.environment.max_turns)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens of a prompt with its response and what an environment adds to it, at most."""
+        turns = 1 if self.environment.name is None else self.environment.max_turns
+        # One answer before the first turn (`reset`), and one after each but the last.
+        answers = 0 if self.environment.name is None else turns * self.environment.max_observation_tokens
+        return self.rollout.max_prompt_tokens + self.max_sampled_tokens + answers

@@ -81,7 +81,7 @@ def pack(
     """Lay samples one after the other, each prompt followed by its response.
 
     Args:
-        samples: in packing order; every prompt and response has at least one token. Without any, the micro-batch is
+        samples: in packing order; every prompt has a token, and every response one that was sampled. Without any, the micro-batch is
             padding alone, which keeps a rank in step with others that have more.
         pad_to_multiple: the packed length is a multiple of this; padding is a segment of its own at the end.
         pad_token_id: what padding holds; nothing attends to it from outside its segment.
@@ -93,7 +93,9 @@ def pack(
     prompt_lengths = np.array([len(sample.prompt_token_ids) for sample in samples], dtype=np.int64)
     response_lengths = np.array([len(sample.response_token_ids) for sample in samples], dtype=np.int64)
     assert (prompt_lengths > 0).all(), "a response's first token is predicted by its prompt's last"
-    assert (response_lengths > 0).all(), "a response has at least one token"
+    is_sampled = [_is_sampled(sample) for sample in samples]
+    sampled_lengths = np.array([int(mask.sum()) for mask in is_sampled], dtype=np.int64)
+    assert (sampled_lengths > 0).all(), "a response has at least one sampled token"
     assert all(len(s.behaviour_log_probs) == len(s.response_token_ids) for s in samples), (
         "one log-prob a response token"
     )
@@ -114,6 +116,11 @@ def pack(
         [ids for sample in samples for ids in (sample.prompt_token_ids, sample.response_token_ids)], np.int64
     )
 
+    learned = _join(is_sampled, np.bool_)  # of all response tokens, in packing order
+
+    def of_learned(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+        return _join(parts, dtype)[learned]
+
     def tensor(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device=device, dtype=dtype)
 
@@ -123,19 +130,35 @@ def pack(
         position_ids=tensor(_count_up(np.zeros_like(segment_lengths), segment_lengths), torch.int64),
         segment_cu_seqlens=tensor(np.concatenate([[0], segment_ends]), torch.int32),
         max_segment_tokens=int(segment_lengths.max()),
-        predicting_positions=tensor(_count_up(starts + prompt_lengths - 1, response_lengths), torch.int64),
-        target_token_ids=tensor(_join([s.response_token_ids for s in samples], np.int64), torch.int64),
-        response_cu_seqlens=tensor(np.concatenate([[0], np.cumsum(response_lengths)]), torch.int64),
+        predicting_positions=tensor(_count_up(starts + prompt_lengths - 1, response_lengths)[learned], torch.int64),
+        target_token_ids=tensor(of_learned([s.response_token_ids for s in samples], np.int64), torch.int64),
+        response_cu_seqlens=tensor(np.concatenate([[0], np.cumsum(sampled_lengths)]), torch.int64),
         sample_indices=tuple(sample.index for sample in samples),
-        advantages=tensor(np.array([sample.advantage for sample in samples], dtype=np.float32), torch.float32),
-        behaviour_log_probs=tensor(_join([s.behaviour_log_probs for s in samples], np.float32), torch.float32),
+        advantages=tensor(_advantages(samples, is_sampled), torch.float32),
+        behaviour_log_probs=tensor(of_learned([s.behaviour_log_probs for s in samples], np.float32), torch.float32),
         num_padding_tokens=int((~is_sample_token).sum()),
-        staleness=tensor(_join([_staleness(sample) for sample in samples], np.int64), torch.int64),
+        staleness=tensor(of_learned([_staleness(sample) for sample in samples], np.int64), torch.int64),
     )
 
 
 def _staleness(sample: Sample) -> np.ndarray:
     return np.zeros(len(sample.response_token_ids), np.int64) if sample.staleness is None else sample.staleness
+
+
+def _is_sampled(sample: Sample) -> np.ndarray:
+    """[response] bool."""
+    return np.ones(len(sample.response_token_ids), dtype=bool) if sample.is_sampled is None else sample.is_sampled
+
+
+def _advantages(samples: Sequence[Sample], is_sampled: Sequence[np.ndarray]) -> np.ndarray:
+    """[N] float32, one a response; or [T] of all sampled tokens, where a response has one a token."""
+    if all(sample.token_advantages is None for sample in samples):
+        return np.array([sample.advantage for sample in samples], dtype=np.float32)
+    of_tokens = [
+        np.full(mask.sum(), sample.advantage) if sample.token_advantages is None else sample.token_advantages[mask]
+        for sample, mask in zip(samples, is_sampled, strict=True)
+    ]
+    return _join(of_tokens, np.float32).astype(np.float32)
 
 
 def _count_up(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

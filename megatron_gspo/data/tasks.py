@@ -69,11 +69,14 @@ class ArithmeticChain:
     characters an operation, and everything a step needs stands right before it. The answer is the last digit. The number
     of operations is uniform in [min_operations, max_operations], operands in [1, largest_operand]. With operands up to 9
     a tiny model stays long at guessing, since every result is then equally likely whatever one operand is.
+
+    With `calculator` a demonstration asks for each result and says the last one itself: `3+2?5-1?4*4?6=6`.
     """
 
     min_operations: int
     max_operations: int
     largest_operand: int
+    calculator: bool = False
     name: ClassVar[str] = "arithmetic_chain"
     reward: ClassVar[str] = "last_digit"
 
@@ -100,10 +103,12 @@ class ArithmeticChain:
         written = [prompt[0]]
         for symbol, operand in re.findall(r"([+\-*])(\d)", prompt):
             result = _OPERATIONS[symbol](result, int(operand)) % 10
-            if rng.random() < wrong_step_fraction:
+            is_wrong = rng.random() < wrong_step_fraction
+            if is_wrong:
                 result = (result + int(rng.integers(1, 10))) % 10
-            written.append(f"{symbol}{operand}{result}")
-        return "".join(written)
+            asked = "?" if self.calculator and not is_wrong else ""
+            written.append(f"{symbol}{operand}{asked}{result}")
+        return "".join(written) + (f"={result}" if self.calculator else "")
 
 
 TASKS: dict[str, Callable[[DataSection], Task]] = {

@@ -231,7 +231,7 @@ def _engine_cache(recipe: Recipe, shapes: ModelShapes, element_bytes: int) -> in
 
 def _response_tokens(recipe: Recipe) -> int:
     """The longest prompt with the longest response."""
-    return recipe.rollout.max_prompt_tokens + recipe.rollout.max_response_tokens
+    return recipe.max_sequence_tokens
 
 
 def _step_responses(recipe: Recipe) -> int:

@@ -4,11 +4,12 @@ Pure tensor functions; nothing here needs CUDA, Megatron-Core or a process group
 
     importance ratio (`ratio`)  ×  trust region (`trust_region`)  ×  aggregation (`aggregation`),
 
-with the group's advantages (`advantages`, eq. 7) and an optional KL penalty (`kl`) beside it. `gspo`, `gspo_token` and
+with the group's advantages (`advantages`, eq. 7), and optionally a weight for the engine that sampled
+(`truncated_importance`) and a KL penalty (`kl`). `gspo`, `gspo_token` and
 `grpo` are one file each; one's own is an `Objective` in any importable module, named `package.module:attribute`.
 """
 
-from megatron_gspo.policy_loss.advantages import group_advantages
+from megatron_gspo.policy_loss.advantages import group_advantages, token_advantages
 from megatron_gspo.policy_loss.base import Objective, ObjectiveInputs, PolicyLossOutput, WideClipRangeWarning
 from megatron_gspo.policy_loss.finite import NonFiniteLogProbError
 from megatron_gspo.policy_loss.loss import policy_loss
@@ -34,4 +35,5 @@ __all__ = [
     "group_advantages",
     "policy_loss",
     "resolve_objective",
+    "token_advantages",
 ]

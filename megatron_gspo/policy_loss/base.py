@@ -55,6 +55,7 @@ class Objective:
     clip_low: float  # default ε_low
     clip_high: float  # default ε_high
     takes_token_advantages: bool = True
+    ratio_unit: Literal["response", "token"] | None = None  # what has an importance ratio of its own; None for `unit`
     widest_clip: float | None = None  # a range above this is warned about; None for any
 
     def clip_range(self, low: float | None = None, high: float | None = None, dual: float | None = None) -> ClipRange:

@@ -21,5 +21,6 @@ GSPO_TOKEN = Objective(
     unit="token",
     clip_low=PAPER_CLIP_LOW,
     clip_high=PAPER_CLIP_HIGH,
+    ratio_unit="response",
     widest_clip=WIDEST_SEQUENCE_CLIP,
 )

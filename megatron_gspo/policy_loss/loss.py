@@ -1,9 +1,10 @@
 """The policy loss of one micro-batch: packed log-probs and advantages in, loss and metrics out, in the paper's order.
 
-Importance ratios (eqs. 3, 8, 15), the objective's clipped surrogate, aggregation (eqs. 2, 6, 14), and a KL penalty.
+Importance ratios (eqs. 3, 8, 15), the objective's clipped surrogate, truncated importance weights of the engine that
+sampled, aggregation (eqs. 2, 6, 14), and a KL penalty.
 Denominators are the mini-batch's, given from outside, so that the gradient does not depend on how the mini-batch is cut
-into micro-batches or ranks. Departures from the paper, all off by default: dual clip, KL penalty, aggregations that
-weight responses by their length.
+into micro-batches or ranks. Departures from the paper, all off by default: dual clip, truncated importance weights, KL
+penalty, aggregations that weight responses by their length.
 
 What `policy_loss` takes, with T response tokens and N responses in this call:
 
@@ -19,6 +20,8 @@ What `policy_loss` takes, with T response tokens and N responses in this call:
     dual_clip            largest ratio a negative advantage is learned from, above 1; None for no limit
     aggregation          "sequence_mean", "token_mean" or "constant_length", see `aggregation`
     constant_length      tokens that "constant_length" divides by
+    behaviour_log_probs  [T] float, of the engine that sampled the tokens; needed for the next alone
+    truncated_importance_cap  C of `truncated_importance`, 1 or more; None multiplies by no such weight
     reference_log_probs  [T] float; when given, `loss/kl` is measured
     kl_coefficient       weight of that KL in the loss
     kl_estimator         "k1", "k2" or "k3", see `kl`
@@ -40,10 +43,17 @@ from megatron_gspo.policy_loss.aggregation import AggregationName, make_aggregat
 from megatron_gspo.policy_loss.base import Objective, ObjectiveInputs, PolicyLossOutput
 from megatron_gspo.policy_loss.finite import refuse_non_finite
 from megatron_gspo.policy_loss.kl import KLEstimator, kl_per_token
-from megatron_gspo.policy_loss.metrics import mean_metric, ratio_maxima, ratio_metrics, surrogate_metrics
+from megatron_gspo.policy_loss.metrics import (
+    importance_metrics,
+    mean_metric,
+    ratio_maxima,
+    ratio_metrics,
+    surrogate_metrics,
+)
 from megatron_gspo.policy_loss.ratio import ImportanceRatios
 from megatron_gspo.policy_loss.registry import OBJECTIVES, resolve_objective
 from megatron_gspo.policy_loss.segments import Segments
+from megatron_gspo.policy_loss.truncated_importance import truncated_importance
 from megatron_gspo.types import UserError
 
 
@@ -61,6 +71,8 @@ def policy_loss(
     dual_clip: float | None = None,
     aggregation: AggregationName = "sequence_mean",
     constant_length: int | None = None,
+    behaviour_log_probs: torch.Tensor | None = None,
+    truncated_importance_cap: float | None = None,
     reference_log_probs: torch.Tensor | None = None,
     kl_coefficient: float = 0.0,
     kl_estimator: KLEstimator = "k3",
@@ -78,7 +90,12 @@ def policy_loss(
     chosen = resolve_objective(objective) if isinstance(objective, str) else objective
     segments = Segments(cu_seqlens, num_tokens=len(log_probs))
     log_probs = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
-    given = {"old log-prob": old_log_probs, "advantage": advantages, "reference log-prob": reference_log_probs}
+    given = {
+        "old log-prob": old_log_probs,
+        "advantage": advantages,
+        "reference log-prob": reference_log_probs,
+        "behaviour log-prob": behaviour_log_probs if truncated_importance_cap is not None else None,
+    }
     constants = {name: values.detach().to(log_probs.dtype) for name, values in given.items() if values is not None}
     _check_shapes(chosen, log_probs, constants, segments)
     refuse_non_finite({"log-prob": log_probs, **constants}, segments, sequence_ids)
@@ -87,9 +104,15 @@ def policy_loss(
     clip_range = chosen.clip_range(clip_low, clip_high, dual_clip)
     surrogate = chosen.surrogate(ObjectiveInputs(ratios, constants["advantage"], clip_range))
     weighting = make_aggregation(aggregation, segments, log_probs.dtype, num_sequences, num_tokens, constant_length)
-    policy_sum = -weighting.weighted_sum(surrogate.values, chosen.unit)
+    values, metrics = surrogate.values, {}
+    if truncated_importance_cap is not None:
+        behaviour, unit = constants["behaviour log-prob"], chosen.ratio_unit or chosen.unit
+        importance = truncated_importance(ratios.old_log_probs, behaviour, segments, unit, truncated_importance_cap)
+        values = values * importance.of(chosen.unit)
+        metrics = importance_metrics(*importance.of_tokens())
+    policy_sum = -weighting.weighted_sum(values, chosen.unit)
     loss = policy_sum / weighting.denominator
-    metrics = {"loss/policy": mean_metric(policy_sum, weighting.share)}
+    metrics |= {"loss/policy": mean_metric(policy_sum, weighting.share)}
     assert kl_coefficient == 0 or reference_log_probs is not None, "a KL penalty needs the reference's log-probs"
     if reference_log_probs is not None:
         kl = kl_per_token(log_probs, constants["reference log-prob"], kl_estimator)

@@ -68,6 +68,15 @@ def surrogate_metrics(surrogate: Surrogate, unit: str, segments: Segments) -> di
     }
 
 
+def importance_metrics(weights: torch.Tensor, truncated: torch.Tensor) -> dict[str, Metric]:
+    """Mean truncated importance weight, and the share that was truncated, of tokens: [T] float, [T] bool."""
+    count = _count(len(weights), weights)
+    return {
+        "mismatch/importance_weight_mean": (weights.double().sum(), count),
+        "mismatch/importance_truncated_fraction": (truncated.count_nonzero().double(), count),
+    }
+
+
 def mean_metric(total: torch.Tensor, share: float) -> Metric:
     """A mean's (sum, count): the 0-d sum before division, and this call's share of what it is divided by."""
     return total.detach().double(), _count(share, total)

@@ -34,6 +34,7 @@ TASK = ("data.train", "data.arithmetic_chain", "reward.name")
 NOTED = {
     "model": ("model",),
     "evaluation": ("evaluation", "data.eval"),
+    "environment": ("environment",),
     "prompts": (
         "training.prompts_per_step",
         "data.shuffle",

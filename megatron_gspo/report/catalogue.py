@@ -91,7 +91,15 @@ TRAINING = (
         {"response/length_mean": "rollouts", "eval/*/length_mean": "held-out *"},
         Axis("tokens"),
         "Sudden growth or shrinkage means that the policy found another way to be rewarded.",
-        "Mean tokens |y| of a response, the stop token included.",
+        "Mean tokens |y| of a response, the stop token included; of several turns those that the policy sampled.",
+    ),
+    Panel(
+        "turns",
+        "Turns of a response",
+        {"response/turns_mean": "turns", "response/observation_tokens_mean": "tokens of the environment"},
+        Axis("mean of a response"),
+        "One turn throughout means that the policy has stopped asking its environment, or never began.",
+        "Stretches of tokens that the policy sampled, and what an environment wrote between them (environment.name).",
     ),
     Panel(
         "groups",
@@ -260,6 +268,17 @@ VOLATILITY = (
         Axis("nats", logarithmic=True),
         "With rollout.old_log_probs=engine the spread must lie below the clip range, or the loss clips on noise.",
         "log π_trainer - log π_engine at equal weights; the sequence's is its mean over tokens (eq. 8, §5.4).",
+    ),
+    Panel(
+        "importance_weights",
+        "Truncated importance weights",
+        {
+            "mismatch/importance_weight_mean": "mean weight of a token",
+            "mismatch/importance_truncated_fraction": "share of tokens at the cap",
+        },
+        Axis("weight, share"),
+        "Near 1 and near 0 the engines agree; a falling mean or a rising share is a mismatch that the cap hides.",
+        "min(π_trainer / π_engine, objective.truncated_importance_cap) at the weights that sampled the token (§5.4).",
     ),
     Panel(
         "load",

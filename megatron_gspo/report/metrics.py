@@ -73,12 +73,13 @@ class RunDirectory:
         environment: Mapping[str, object],
         last_line: Mapping[str, float | int],
         *,
+        record_line: bool = True,
         tensorboard: bool = True,
         wandb_project: str | None = None,
     ) -> RunDirectory:
         """Go on with the run in `path` after the step of `last_line`, its line of metrics; later lines are taken back.
 
-        The line itself is written where the run ended before it could be.
+        The line itself is written where the run ended before it could be; not `record_line` leaves it to the caller.
         """
         step = int(last_line["step"])
         kept = _lines_up_to(path / "metrics.jsonl", step)
@@ -87,7 +88,7 @@ class RunDirectory:
         aside.rename(path / "metrics.jsonl")
         (path / f"environment_after_step_{step}.json").write_text(json.dumps(environment, indent=2) + "\n")
         directory = cls._open(path, recipe_yaml, step, tensorboard=tensorboard, wandb_project=wandb_project)
-        if not kept or json.loads(kept[-1])["step"] < step:
+        if record_line and (not kept or json.loads(kept[-1])["step"] < step):
             directory.write(last_line)
         return directory
 
@@ -149,10 +150,15 @@ class RunDirectory:
             self.wandb_run.finish()
 
 
+def has_metrics(path: Path) -> bool:
+    """Whether a step of the run in `path` has been recorded."""
+    metrics = path / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
+
+
 def refuse_used_directory(path: Path) -> None:
     """Raise `UserError` where `path` holds a run, or cannot be written: a run never overwrites another."""
-    metrics = path / "metrics.jsonl"
-    if metrics.exists() and metrics.stat().st_size > 0:
+    if has_metrics(path):
         raise UserError(
             f"--output-dir: {path} holds a run already (metrics.jsonl); name a new directory, or go on with --resume"
         )

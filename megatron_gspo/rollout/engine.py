@@ -12,7 +12,11 @@ from typing import Protocol
 
 import torch
 
-from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings
+from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings, TrainingFailedError
+
+
+class EngineGoneError(TrainingFailedError):
+    """No part of the engine has answered for as long as the recipe allows. It may later: the run can go on then."""
 
 
 class RolloutEngine(Protocol):
@@ -44,7 +48,7 @@ class RolloutEngine(Protocol):
         """Sample `responses_per_prompt` responses (G) to each prompt.
 
         Returns one tuple of G responses a prompt, in the order of `prompts`. A prompt may occur more than once.
-        RuntimeError when there are no weights to sample from.
+        RuntimeError when there are no weights to sample from; EngineGoneError where the engine can come to lie elsewhere.
         """
 
     def generate_until(

@@ -27,6 +27,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from megatron_gspo.rollout.engine import EngineGoneError
 from megatron_gspo.rollout.open_groups import Slot, filled, open_slots
 from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp, weight_label
 from megatron_gspo.rollout.sglang_response import (
@@ -51,7 +52,7 @@ LOOK_FOR_INTERRUPT_EVERY_S = 0.05
 CALL_OFF_EVERY_S, LONGEST_CALL_OFF_S = 0.1, 30.0
 
 
-class ServersGoneError(TrainingFailedError):
+class ServersGoneError(EngineGoneError):
     """No server has answered for longer than the recipe allows."""
 
 

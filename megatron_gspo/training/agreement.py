@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_gspo import parallel
 from megatron_gspo.platform import device
+from megatron_gspo.rollout.engine import EngineGoneError
 from megatron_gspo.types import UserError
 
 T = TypeVar("T")
@@ -22,6 +23,12 @@ class SaidByMainRankError(UserError):
     """The main rank says what is wrong; this rank ends as well, in silence."""
 
     said_elsewhere = True
+
+
+class OutageError(EngineGoneError):
+    """A rollout engine is gone, as every rank knows."""
+
+    of_all_ranks = True
 
 
 def on_any_rank(flag: bool) -> bool:
@@ -66,6 +73,24 @@ def together(do: Callable[[], T]) -> T:
         refusal = str(error)
     refuse_together(next((words for words in parallel.gather_objects(refusal) if words is not None), None))
     return cast(T, done)
+
+
+def unless_an_engine_is_gone(sample: Callable[[], T]) -> T:
+    """What `sample` returns on this rank. Every rank calls this; `sample` must need no other rank.
+
+    Raises:
+        OutageError: on every rank, where the engine of any is gone; with the first one's words.
+    """
+    sampled: T | None = None
+    gone: str | None = None
+    try:
+        sampled = sample()
+    except EngineGoneError as error:
+        gone = str(error)
+    words = next((words for words in parallel.gather_objects(gone) if words is not None), None)
+    if words is not None:
+        raise OutageError(words)
+    return cast(T, sampled)
 
 
 def refuse_together(refusal: str | None) -> None:

@@ -11,12 +11,15 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from megatron_gspo.rollout.engine import RolloutEngine
+from megatron_gspo.rollout.engine import EngineGoneError, RolloutEngine
 from megatron_gspo.types import OpenGroup, SamplingSettings
 
 
 class SamplingAhead:
-    """One call of `RolloutEngine.generate_until` at a time, in a thread. What it raises, `pause` and `take` raise."""
+    """One call of `RolloutEngine.generate_until` at a time, in a thread. What it raises, `pause` and `take` raise.
+
+    EngineGoneError is raised by `take` alone: it ends a run between two steps, not in the middle of one.
+    """
 
     def __init__(self, engine: RolloutEngine) -> None:
         self._engine = engine
@@ -36,9 +39,11 @@ class SamplingAhead:
         if self._under_way is None:
             return
         self._interrupt.set()
-        under_way, self._under_way = self._under_way, None
-        self._paused = under_way.result()
+        under_way = self._under_way
+        gone = isinstance(under_way.exception(), EngineGoneError)
         self._interrupt.clear()
+        if not gone:  # else `take` says so, where a step begins
+            self._under_way, self._paused = None, under_way.result()
 
     def go_on(self) -> None:
         """Sample the rest of what `pause` stopped."""

@@ -57,9 +57,12 @@ class SavedState:
     recipe: Mapping[str, Any]
     model: Mapping[str, Any]  # what identifies it and its vocabulary
     world_size: int
+    owes_evaluation: bool = False  # the step's evaluation is still to be made, and its line of metrics to be recorded
 
     @classmethod
-    def of(cls, run: Run, step: int, skipped: SkippedUpdates, metrics: Mapping[str, Any]) -> SavedState:
+    def of(
+        cls, run: Run, step: int, skipped: SkippedUpdates, metrics: Mapping[str, Any], *, owes_evaluation: bool = False
+    ) -> SavedState:
         """Where `run` is after `step`, whose line of metrics is `metrics`."""
         return cls(
             step=step,
@@ -72,6 +75,7 @@ class SavedState:
             recipe=run.recipe.model_dump(mode="json"),
             model=model_identity(run.recipe.model.path, run.tokenizer),
             world_size=torch.distributed.get_world_size(),
+            owes_evaluation=owes_evaluation,
         )
 
     @classmethod

@@ -96,7 +96,9 @@ class CheckpointSaver:
         self._under_way: _Save | None = None
         self._num_bytes = 0  # of the tensors of all ranks, in the newest save
 
-    def save(self, run: Run, step: int, skipped: SkippedUpdates, metrics: Mapping[str, Any]) -> None:
+    def save(
+        self, run: Run, step: int, skipped: SkippedUpdates, metrics: Mapping[str, Any], *, owes_evaluation: bool = False
+    ) -> None:
         """Save the run as it is after `step`: until it is whole, or in the background until its state is copied.
 
         Raises:
@@ -104,7 +106,8 @@ class CheckpointSaver:
         """
         self.finish()
         with self._failing(step):
-            self._under_way = self._start(run, SavedState.of(run, step, skipped, metrics))
+            state = SavedState.of(run, step, skipped, metrics, owes_evaluation=owes_evaluation)
+            self._under_way = self._start(run, state)
         if not self._in_background:
             self.finish()
 

@@ -29,8 +29,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
 from megatron_gspo.data.prompts import PromptStream
-from megatron_gspo.policy_loss import group_advantages
+from megatron_gspo.policy_loss import group_advantages, resolve_objective, token_advantages
 from megatron_gspo.reward import overlong_penalties
+from megatron_gspo.training.agreement import unless_an_engine_is_gone
 from megatron_gspo.training.ahead import SamplingAhead
 from megatron_gspo.training.experience import Experience
 from megatron_gspo.training.rollouts import Rollouts, training_settings
@@ -58,6 +59,10 @@ def num_carried(recipe: Recipe) -> int:
     """Groups that each data-parallel rank carries from step to step: what it samples at one time beyond its share."""
     share = recipe.training.prompts_per_step // recipe.parallel.data
     return ceil(share / recipe.rollout.close_at_fraction) - share
+
+
+#: A prompt and its G responses, all at their end, by `Prompt.position`.
+_Complete = dict[int, tuple[Prompt, tuple[Response, ...]]]
 
 
 class _Round(NamedTuple):
@@ -96,14 +101,17 @@ class ExperienceCollector:
         self._ahead = SamplingAhead(rollouts.engine) if rollouts is not None and is_ahead else None
 
     def collect(self, step: int, version: int) -> Experience:
-        """What the policy of `version` learns from in step `step`."""
+        """What the policy of `version` learns from in step `step`.
+
+        Raises:
+            OutageError: a data leader's engine is gone; on every rank.
+        """
         wanted, num_rounds = self._recipe.training.prompts_per_step, self._recipe.rollout.dynamic_sampling_rounds
         groups, num_missing = _StepGroups(), wanted
         for number in range(1 + num_rounds):
             begun, self._begun = self._begun, None
             asked = begun or self._draw(num_missing, step, number, version)
-            if self._rollouts is not None:
-                self._sample_and_score(asked, self._rollouts, groups, is_begun=begun is not None)
+            self._sample_and_score(asked, groups, is_begun=begun is not None)
             groups.of_all_ranks = parallel.broadcast_from_data_leader(groups.of_all_ranks)
             self._unfinished -= {group.position for group in groups.of_all_ranks}
             num_missing = wanted - sum(group.teaches or num_rounds == 0 for group in groups.of_all_ranks)
@@ -125,7 +133,7 @@ class ExperienceCollector:
     def pause(self) -> None:
         """Stop sampling ahead until `go_on`, so that engines can be given weights or asked for other things.
 
-        No engine of any rank samples when this returns.
+        No engine of any rank samples when this returns. An engine that is gone by then is told of by `collect`.
         """
         if not self._recipe.rollout.one_step_ahead:
             return
@@ -157,17 +165,14 @@ class ExperienceCollector:
         settings = training_settings(self._recipe, self._tokenizer, step, round_number)
         return _Round([*carried, *own], len(range(rank, num_missing, num_ranks)), settings)
 
-    def _sample_and_score(self, asked: _Round, rollouts: Rollouts, groups: _StepGroups, *, is_begun: bool) -> None:
+    def _sample_and_score(self, asked: _Round, groups: _StepGroups, *, is_begun: bool) -> None:
         """Complete this rank's share of a round, and tell the other data leaders what it is worth."""
-        started = time.perf_counter()
-        if is_begun:
-            assert self._ahead is not None, "what has begun was begun ahead"
-            sampled = self._ahead.take()
-        else:
-            sampled = rollouts.engine.generate_until(*asked)
-        complete = [group for group in sampled if group.is_complete][: asked.num_owed]
-        done = {group.prompt.position for group in complete}
-        self._carried = [group for group in sampled if group.prompt.position not in done]
+        rollouts, started = self._rollouts, time.perf_counter()
+        complete = unless_an_engine_is_gone(
+            lambda: {} if rollouts is None else self._sample(asked, rollouts, is_begun=is_begun)
+        )
+        if rollouts is None:
+            return
         rolled_out = time.perf_counter()
         own = self._score(complete, rollouts, groups)
         groups.rollout_s += rolled_out - started
@@ -175,9 +180,29 @@ class ExperienceCollector:
         told = parallel.gather_over_data_ranks([ScoredPrompt(group.prompt.position, group.teaches) for group in own])
         groups.of_all_ranks += [scored for rank in told for scored in rank]
 
-    def _score(self, complete: Sequence[OpenGroup], rollouts: Rollouts, groups: _StepGroups) -> list[Group]:
-        prompts = [group.prompt for group in complete]
-        responses = [tuple(response for response in group.responses if response is not None) for group in complete]
+    def _sample(self, asked: _Round, rollouts: Rollouts, *, is_begun: bool) -> _Complete:
+        """The groups that are owed, complete; the others are carried."""
+        if rollouts.multi_turn is not None:
+            prompts, group_size = [group.prompt for group in asked.groups], self._recipe.rollout.responses_per_prompt
+            turns = rollouts.multi_turn.generate(prompts, group_size, asked.settings)
+            return {prompt.position: (prompt, group) for prompt, group in zip(prompts, turns, strict=True)}
+        if is_begun:
+            assert self._ahead is not None, "what has begun was begun ahead"
+            sampled = self._ahead.take()
+        else:
+            sampled = rollouts.engine.generate_until(*asked)
+        complete = {
+            group.prompt.position: (
+                group.prompt,
+                tuple(response for response in group.responses if response is not None),
+            )
+            for group in [group for group in sampled if group.is_complete][: asked.num_owed]
+        }
+        self._carried = [group for group in sampled if group.prompt.position not in complete]
+        return complete
+
+    def _score(self, complete: _Complete, rollouts: Rollouts, groups: _StepGroups) -> list[Group]:
+        prompts, responses = [prompt for prompt, _ in complete.values()], [group for _, group in complete.values()]
         scored = rollouts.score(prompts, responses)
         groups.num_failed_rewards += scored.num_failed_rewards
         own = [
@@ -195,7 +220,7 @@ class ExperienceCollector:
         place_of = {position: place for place, position in enumerate(chosen)}
         by_place = {place_of[position]: group for position, group in groups.own.items() if position in place_of}
         dropped = [group for position, group in groups.own.items() if position not in place_of]
-        counts = rollouts.engine.take_counts()
+        counts = rollouts.take_counts()
         if drop_equal:
             counts["groups/num_rounds"] = self._counts["groups/num_rounds"]
             counts["groups/num_dropped"] = len(dropped)
@@ -218,6 +243,8 @@ class ExperienceCollector:
 def scored_group(prompt: Prompt, responses: tuple[Response, ...], rewards: np.ndarray, recipe: Recipe) -> Group:
     """The group, with its advantages (eq. 7) and, where the recipe asks for it, what long responses lose.
 
+    Where an environment gave rewards on the way and the objective takes them, tokens have advantages of their own (eq. 14).
+
     Args:
         prompt: what the responses answer.
         responses: G of them.
@@ -226,8 +253,12 @@ def scored_group(prompt: Prompt, responses: tuple[Response, ...], rewards: np.nd
     """
     penalties, buffer = None, recipe.reward.overlong_buffer_tokens
     if buffer > 0:
-        lengths = [len(response.token_ids) for response in responses]
-        penalties = overlong_penalties(lengths, max_tokens=recipe.rollout.max_response_tokens, buffer_tokens=buffer)
+        lengths = [response.num_sampled_tokens for response in responses]
+        penalties = overlong_penalties(lengths, max_tokens=recipe.max_sampled_tokens, buffer_tokens=buffer)
     shaped = rewards if penalties is None else rewards + penalties
-    advantages = group_advantages(shaped, recipe.objective.advantage_normalization)
-    return Group(prompt, responses, rewards, advantages, penalties)
+    normalization = recipe.objective.advantage_normalization
+    of_tokens = None
+    on_the_way = [response.token_rewards for response in responses if response.token_rewards is not None]
+    if any(own.any() for own in on_the_way) and resolve_objective(recipe.objective.name).takes_token_advantages:
+        of_tokens = tuple(token_advantages(shaped, on_the_way, normalization))
+    return Group(prompt, responses, rewards, group_advantages(shaped, normalization), penalties, of_tokens)

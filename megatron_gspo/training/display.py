@@ -67,10 +67,11 @@ def say_what_next(recipe: Recipe, output_dir: Path) -> None:
     )
 
 
-def say_how_to_go_on(step: int, output_dir: Path) -> None:
-    """What to type where a run was asked to stop."""
+def say_how_to_go_on(step: int, output_dir: Path, why: str | None) -> None:
+    """What to type where a run stopped: as it was asked to, or for what `why` says."""
     print(
-        f"Stopped as asked, after step {step}, with a checkpoint of it.\n"
+        f"Stopped {'as asked' if why is None else 'without a rollout engine'}, after step {step}, with a checkpoint of it"
+        f"{'' if why is None else f': {why}'}.\n"
         f"Next: megatron-gspo train {output_dir / 'recipe.yaml'} --output-dir {output_dir} --resume"
     )
 

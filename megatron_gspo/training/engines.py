@@ -15,7 +15,9 @@ from megatron_gspo.config import Recipe
 from megatron_gspo.platform import device
 from megatron_gspo.reward import RewardScorer
 from megatron_gspo.rollout.engine import RolloutEngine
+from megatron_gspo.rollout.environments import EnvironmentFactory, find_environment
 from megatron_gspo.rollout.local import LocalEngine
+from megatron_gspo.rollout.multi_turn import MultiTurn, require_stop_tokens
 from megatron_gspo.training.agreement import on_main_rank, together
 from megatron_gspo.training.rollouts import Rollouts
 
@@ -24,15 +26,34 @@ def open_rollouts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rollout
     """The engine and reward that the recipe names, on data leaders. Every rank calls this.
 
     Raises:
-        UserError: there is no such reward, or the engine cannot be built; on every rank.
+        UserError: there is no such reward or environment, or the engine cannot be built; on every rank.
     """
     is_leader = parallel.is_data_leader()
+    make_environment = together(lambda: _environment(recipe, tokenizer))
     scorer = together(lambda: RewardScorer(recipe.reward.name, recipe.reward.timeout_s) if is_leader else None)
     engine = _sglang_engine(recipe) if recipe.rollout.engine == "sglang" else together(lambda: _local_engine(recipe))
     if engine is None:
         return None
     assert scorer is not None, "data leaders have a reward and an engine"
-    return Rollouts(engine, scorer, tokenizer)
+    multi_turn = None
+    if make_environment is not None:
+        environment = recipe.environment
+        multi_turn = MultiTurn(
+            engine,
+            make_environment,
+            tokenizer,
+            max_turns=environment.max_turns,
+            max_observation_tokens=environment.max_observation_tokens,
+        )
+    return Rollouts(engine, scorer, tokenizer, multi_turn)
+
+
+def _environment(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> EnvironmentFactory | None:
+    if recipe.environment.name is None:
+        return None
+    factory = find_environment(recipe.environment.name)
+    require_stop_tokens(factory, tokenizer)
+    return factory
 
 
 def _local_engine(recipe: Recipe) -> RolloutEngine | None:

@@ -12,11 +12,11 @@ from math import comb
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
 from megatron_gspo.data.prompts import PromptStream
-from megatron_gspo.training.agreement import together
+from megatron_gspo.training.agreement import together, unless_an_engine_is_gone
 from megatron_gspo.training.assembly import build_models, open_inputs
 from megatron_gspo.training.engines import open_rollouts
 from megatron_gspo.training.hand_over import hand_over_weights
-from megatron_gspo.training.rollouts import Rollouts, evaluation_settings
+from megatron_gspo.training.rollouts import Rollouts, ScoredResponses, evaluation_settings
 from megatron_gspo.training.totals import Totals
 from megatron_gspo.types import UserError
 
@@ -42,15 +42,24 @@ def evaluate(recipe: Recipe, held_out: PromptStream, rollouts: Rollouts | None) 
     """`eval/{name}/pass_at_{k}`, `…/length_mean` and `…/truncated_fraction`; the same on every rank.
 
     Always the same problems, split over the data-parallel ranks.
+
+    Raises:
+        OutageError: a data leader's engine is gone; on every rank.
     """
     num_samples = recipe.evaluation.samples_per_prompt
     own = held_out.held_out_prompts(recipe.evaluation.prompts)[parallel.data_rank() :: parallel.data_size()]
     totals = Totals()
-    if rollouts is not None and own:
-        scored = rollouts.sample_and_score(own, num_samples, evaluation_settings(recipe, rollouts.tokenizer))
-        _record_passes([int((rewards >= SOLVED_REWARD).sum()) for rewards in scored.rewards], num_samples, totals)
+
+    def sample() -> ScoredResponses | None:
+        if rollouts is None or not own:
+            return None
+        return rollouts.sample_and_score(own, num_samples, evaluation_settings(recipe, rollouts.tokenizer))
+
+    scored = unless_an_engine_is_gone(sample)
+    if scored is not None:
+        _record_passes([int((rewards >= SOLVED_REWARD).sum()) for rewards in scored.outcomes], num_samples, totals)
         for response in (response for group in scored.responses for response in group):
-            totals.add("length_mean", len(response.token_ids), 1)
+            totals.add("length_mean", response.num_sampled_tokens, 1)
             totals.add("truncated_fraction", response.finish_reason == "length", 1)
     combined = totals.over_ranks(measured_here=rollouts is not None)
     return {f"eval/{held_out.name}/{name}": total / count for name, (total, count) in combined.sums.items()}

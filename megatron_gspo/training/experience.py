@@ -91,7 +91,7 @@ def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int)
     planned = []
     for samples in experience.samples:
         counts = parallel.sum_over_data_ranks(
-            [float(len(samples)), float(sum(len(sample.response_token_ids) for sample in samples))]
+            [float(len(samples)), float(sum(sample.num_sampled_tokens for sample in samples))]
         )
         planned.append(
             MiniBatch(
@@ -132,6 +132,7 @@ def pack_samples(
 
 
 def _samples(group: Group, first_index: int, version: int) -> list[Sample]:
+    of_tokens = group.token_advantages or (None,) * len(group.responses)
     return [
         Sample(
             index=first_index + offset,
@@ -141,6 +142,8 @@ def _samples(group: Group, first_index: int, version: int) -> list[Sample]:
             behaviour_log_probs=response.log_probs,
             routed_experts=response.routed_experts,
             staleness=version - response.token_versions,
+            is_sampled=response.is_sampled,
+            token_advantages=of_tokens[offset],
         )
         for offset, (response, advantage) in enumerate(zip(group.responses, group.advantages, strict=True))
     ]

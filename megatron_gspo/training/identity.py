@@ -34,6 +34,8 @@ MAY_DIFFER = (
     "routing.probe_responses",
     "routing.routes_on_host",
     "rollout.max_concurrent_responses",
+    "rollout.verify_weights",
+    "rollout.sglang",  # other servers sample alike; that they compute in the same precision is checked by itself
     "reward.timeout_s",
     "training.steps",
     "training.save_every",
@@ -108,6 +110,8 @@ def differences(saved: Mapping[str, Any], recipe: Recipe) -> list[str]:
 def _may_differ(name: str, recipe: Recipe) -> bool:
     if name == "parallel.distributed_optimizer":
         return False  # with it the optimizer has a float32 copy of the parameters, and without it not always
+    if name == "rollout.sglang.dtype":
+        return False
     if name == "training.steps":
         return recipe.training.learning_rate_schedule == "constant"  # another decays over all steps
     if name == "model.path":

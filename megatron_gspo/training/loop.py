@@ -21,9 +21,9 @@ from megatron_gspo.config import Recipe, dump_recipe
 from megatron_gspo.environment import describe_environment
 from megatron_gspo.model.hf_weights import save_hf_checkpoint
 from megatron_gspo.policy_loss import finalize_metrics
-from megatron_gspo.report.metrics import RunDirectory, refuse_used_directory
+from megatron_gspo.report.metrics import RunDirectory, has_metrics, refuse_used_directory
 from megatron_gspo.report.run_report import write_report
-from megatron_gspo.training.agreement import on_any_rank, on_main_rank
+from megatron_gspo.training.agreement import OutageError, on_any_rank, on_main_rank
 from megatron_gspo.training.assembly import Run, assemble, with_clip_range
 from megatron_gspo.training.checkpoint import load_checkpoint
 from megatron_gspo.training.checkpoint_saver import CheckpointSaver
@@ -34,6 +34,7 @@ from megatron_gspo.training.experience import Experience, plan_mini_batches
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.hand_over import release_memory
 from megatron_gspo.training.old_policy import baseline_log_probs
+from megatron_gspo.training.outage import Reached, save_reached
 from megatron_gspo.training.resume import FoundCheckpoint, find_checkpoint
 from megatron_gspo.training.rollouts import pad_token_id
 from megatron_gspo.training.step import MiniBatchLoss, update_policy
@@ -56,7 +57,8 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from
         resume_from: go on from the checkpoint of this step instead.
 
     Returns:
-        Whether the run came to its end; False where a signal asked it to stop, with a checkpoint of its last step.
+        Whether the run came to its end; False where a signal asked it to stop, or no rollout engine was left, with a
+        checkpoint of its last finished step.
 
     Raises:
         UserError: the recipe, model, data or checkpoint cannot be used.
@@ -74,36 +76,66 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from
     if found is not None:
         load_checkpoint(run, found.path, found.state, skipped)
         run.hand_over_weights()
-    last = found.state.step if found is not None else 0
+    reached = reached_so_far(run, found)
     directory = open_run_directory(recipe, output_dir, found) if parallel.is_main_rank() else None
-    display = Display("step", recipe.training.steps, enabled=parallel.is_main_rank(), steps_before=last)
+    display = Display("step", recipe.training.steps, enabled=parallel.is_main_rank(), steps_before=reached.step)
     display.start(introduction(recipe, output_dir))
+    no_engine: str | None = None
     try:
-        if found is None:
-            record(directory, display, step_line(0, run, evaluate_if_due(run, 0)))
-        stopping = False
         with checkpoint_saver(recipe, store) as saver:
-            while last < recipe.training.steps and not stopping:
-                last += 1
-                stopping = take_step(run, last, skipped, saver, directory, display, stop)
+            try:
+                make_steps(run, reached, skipped, saver, directory, display, stop)
+            except OutageError as outage:
+                save_reached(outage, run, reached, skipped, saver)
+                no_engine = str(outage)
     finally:
         display.stop()
         run.close()
         if directory is not None:
             directory.close()
-    finished = last >= recipe.training.steps
+    finished = reached.step >= recipe.training.steps and no_engine is None
     if finished:
-        save_policy(run, last, output_dir)
+        save_policy(run, reached.step, output_dir)
     # No rank leaves before the main one is done: a launcher may end what lives on after the first has gone.
-    on_main_rank(lambda: write_report(output_dir))
+    on_main_rank(lambda: write_report(output_dir) if has_metrics(output_dir) else None)
     if parallel.is_main_rank():
-        say_what_next(recipe, output_dir) if finished else say_how_to_go_on(last, output_dir)
+        say_what_next(recipe, output_dir) if finished else say_how_to_go_on(reached.step, output_dir, no_engine)
     return finished
+
+
+def reached_so_far(run: Run, found: FoundCheckpoint | None) -> Reached:
+    """Where a run begins: before its first step, whose policy is to be evaluated, or where its checkpoint was taken."""
+    prompts = run.prompts.state()
+    if found is None:
+        return Reached(0, step_line(0, run, {}), prompts, owes_evaluation=True, is_saved=False)
+    state = found.state
+    return Reached(state.step, dict(state.metrics), prompts, state.owes_evaluation, is_saved=True)
+
+
+def make_steps(
+    run: Run,
+    reached: Reached,
+    skipped: SkippedUpdates,
+    saver: CheckpointSaver,
+    directory: RunDirectory | None,
+    display: Display,
+    stop: StopRequest,
+) -> None:
+    """The evaluation that is owed, and step after step, until all are made or the ranks are asked to stop.
+
+    Raises:
+        OutageError: the rollout engine is gone, in the middle of what follows `reached`.
+    """
+    if reached.owes_evaluation:
+        record(directory, display, reached.evaluated(evaluate_if_due(run, reached.step)))
+    stopping = False
+    while reached.step < run.recipe.training.steps and not stopping:
+        stopping = take_step(run, reached, skipped, saver, directory, display, stop)
 
 
 def take_step(
     run: Run,
-    step: int,
+    reached: Reached,
     skipped: SkippedUpdates,
     saver: CheckpointSaver,
     directory: RunDirectory | None,
@@ -111,13 +143,15 @@ def take_step(
     stop: StopRequest,
 ) -> bool:
     """One step, saved where that is due, and recorded. Returns whether the ranks were asked to stop after it."""
+    step = reached.step + 1
     experience = run.collector.collect(step, run.policy.version)
     run.collector.sample_ahead(step + 1, run.policy.version + 1)
     result = learn(run, experience, step, skipped)
-    line = step_line(step, run, result.metrics | evaluate_if_due(run, step))
-    run.collector.go_on()  # what a hand-over of weights held up
+    reached.go_on_to(run, step, step_line(step, run, result.metrics))
     if directory is not None and result.volatility:
         directory.write_volatility(step, result.volatility)
+    line = reached.evaluated(evaluate_if_due(run, step))
+    run.collector.go_on()  # what a hand-over of weights held up
     # A signal may reach one rank only, and between any two steps of the others.
     stopping = on_any_rank(stop.requested)
     clock = Stopwatch()
@@ -127,6 +161,7 @@ def take_step(
         every = run.recipe.training.save_every
         if is_last or (every > 0 and step % every == 0):
             saver.save(run, step, skipped, line)
+            reached.is_saved = True
         if is_last:
             saver.finish()
     record(directory, display, line | {"time/checkpoint_s": clock.seconds["checkpoint"]})
@@ -152,6 +187,7 @@ def open_run_directory(recipe: Recipe, output_dir: Path, found: FoundCheckpoint 
         recipe_yaml,
         environment,
         found.state.metrics,
+        record_line=not found.state.owes_evaluation,
         tensorboard=tensorboard,
         wandb_project=wandb_project,
     )

@@ -20,6 +20,7 @@ from megatron_gspo import parallel
 from megatron_gspo.config import Recipe
 from megatron_gspo.reward import RewardScorer, ScoringItem
 from megatron_gspo.rollout.engine import RolloutEngine
+from megatron_gspo.rollout.multi_turn import MultiTurn
 from megatron_gspo.types import Prompt, Response, SamplingSettings, UserError
 
 
@@ -28,7 +29,8 @@ class ScoredResponses:
     """Responses with their rewards, by prompt."""
 
     responses: list[tuple[Response, ...]]
-    rewards: list[np.ndarray]  # one [G] float32 a prompt
+    rewards: list[np.ndarray]  # one [G] float32 a prompt, with what an environment gave on the way
+    outcomes: list[np.ndarray]  # the same without: what the reward makes of how the response ended
     num_failed_rewards: int
 
 
@@ -39,31 +41,44 @@ class Rollouts:
     engine: RolloutEngine
     scorer: RewardScorer
     tokenizer: PreTrainedTokenizerBase
+    multi_turn: MultiTurn | None = None  # samples turn by turn where the recipe has an environment
 
     def sample_and_score(
         self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
     ) -> ScoredResponses:
         """G responses to each prompt, and their rewards."""
-        responses = self.engine.generate(prompts, responses_per_prompt, settings)
-        return self.score(prompts, responses)
+        return self.score(prompts, self.generate(prompts, responses_per_prompt, settings))
+
+    def generate(
+        self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
+    ) -> list[tuple[Response, ...]]:
+        """G responses to each prompt, of one turn or several."""
+        return (self.multi_turn or self.engine).generate(prompts, responses_per_prompt, settings)
 
     def score(self, prompts: Sequence[Prompt], responses: Sequence[tuple[Response, ...]]) -> ScoredResponses:
-        """The rewards of each prompt's responses, equally many a prompt."""
+        """The rewards of each prompt's responses, equally many a prompt. Of several turns the last one's text is scored."""
         items = [
             ScoringItem(
                 prompt=prompt,
-                response_text=self.tokenizer.decode(response.token_ids, skip_special_tokens=True),
+                response_text=self.tokenizer.decode(response.last_turn_token_ids, skip_special_tokens=True),
                 finished=response.finish_reason == "stop",
             )
             for prompt, group in zip(prompts, responses, strict=True)
             for response in group
         ]
         scored = self.scorer.score(items)
+        on_the_way = np.array([r.environment_reward for group in responses for r in group], dtype=np.float32)
+        shape = (len(prompts), len(responses[0])) if items else (0, 0)
         return ScoredResponses(
             responses=list(responses),
-            rewards=list(scored.rewards.reshape(len(prompts), -1)) if items else [],
+            rewards=list((scored.rewards + on_the_way).reshape(shape)),
+            outcomes=list(scored.rewards.reshape(shape)),
             num_failed_rewards=scored.num_failed,
         )
+
+    def take_counts(self) -> dict[str, float]:
+        """What happened to the engine and the environments since this was last asked, by metric name."""
+        return self.engine.take_counts() | (self.multi_turn.take_counts() if self.multi_turn else {})
 
     def close(self) -> None:
         """Stop the engine and the reward's processes."""

@@ -72,6 +72,8 @@ class MiniBatchLoss:
                 dual_clip=objective.dual_clip,
                 aggregation=objective.aggregation,
                 constant_length=self._constant_length(),
+                behaviour_log_probs=micro_batch.behaviour_log_probs,
+                truncated_importance_cap=objective.truncated_importance_cap,
                 reference_log_probs=self.reference_log_probs[position] if self.reference_log_probs else None,
                 kl_coefficient=objective.kl_coefficient,
                 kl_estimator=objective.kl_estimator,
@@ -90,7 +92,7 @@ class MiniBatchLoss:
         objective = self.recipe.objective
         if objective.aggregation != "constant_length":
             return None
-        return objective.constant_length or self.recipe.rollout.max_response_tokens
+        return objective.constant_length or self.recipe.max_sampled_tokens
 
 
 def update_policy(

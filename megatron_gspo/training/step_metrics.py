@@ -47,7 +47,11 @@ def record_experience(experience: Experience, mini_batches: list[MiniBatch], tok
         if group.penalties is not None:
             totals.add("reward/overlong_penalty_mean", float(group.penalties.sum()), len(group.penalties))
         for response in group.responses:
-            totals.add("response/length_mean", len(response.token_ids), 1)
+            totals.add("response/length_mean", response.num_sampled_tokens, 1)
+            if response.is_sampled is not None:
+                totals.add("response/turns_mean", response.num_turns, 1)
+                observed = len(response.token_ids) - response.num_sampled_tokens
+                totals.add("response/observation_tokens_mean", observed, 1)
             totals.add("response/truncated_fraction", response.finish_reason == "length", 1)
             totals.count("tokens", len(response.token_ids) + len(group.prompt.token_ids))
     for sample in (sample for samples in experience.samples for sample in samples):

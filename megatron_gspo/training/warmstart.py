@@ -64,7 +64,7 @@ def warmstart(recipe: Recipe, output_dir: Path) -> None:
         recipe.data,
         tokenizer,
         max_prompt_tokens=recipe.rollout.max_prompt_tokens,
-        max_response_tokens=recipe.rollout.max_response_tokens,
+        max_response_tokens=recipe.max_sequence_tokens - recipe.rollout.max_prompt_tokens,
         seed=recipe.seed,
         wrong_step_fraction=settings.wrong_step_fraction,
     )

@@ -196,10 +196,11 @@ def test_two_tensor_parallel_ranks_do_the_run_of_one(recipe: Path, cold_start: P
                 assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-6), name
 
 
-def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(
+def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty_and_truncated_importance(
     recipe: Path, cold_start: Path, program: Program, tmp_path: Path
 ):
     options = ["parallel.expert=2", "objective.name=grpo", "objective.kl_coefficient=0.01"]
+    options += ["objective.truncated_importance_cap=2"]
     done = program.run(
         "train", recipe, f"model.path={cold_start}", *options, "--output-dir", tmp_path / "run", num_ranks=2
     )
@@ -207,6 +208,9 @@ def test_experts_on_two_ranks_and_grpo_with_a_kl_penalty(
     first, second = lines_of(tmp_path / "run")[1:]
     assert first["loss/kl"] >= 0
     assert second["loss/kl"] > 0
+    for line in (first, second):  # one precision: the engine that samples is the trainer's policy up to round-off
+        assert line["mismatch/importance_weight_mean"] == pytest.approx(1, abs=1e-5)
+        assert line["mismatch/importance_truncated_fraction"] == 0
 
 
 def test_the_engines_own_likelihoods_serve_as_the_old_policy(
@@ -218,6 +222,25 @@ def test_the_engines_own_likelihoods_serve_as_the_old_policy(
     for line in lines_of(tmp_path / "run")[1:]:
         assert 0 < line["mismatch/log_prob_abs_mean"] < 1e-5
         assert line["ratio/token_abs_log_max"] > 0
+
+
+def test_responses_of_several_turns_are_learned_from_where_the_policy_wrote_them(
+    recipe: Path, program: Program, tmp_path: Path
+):
+    options = ["environment.name=tests.unit.rollout.talkative:Talkative", "environment.max_observation_tokens=8"]
+    options += ["objective.name=gspo_token", "routing.replay=r3", "parallel.tensor=2"]
+    done = program.run("train", recipe, *options, "--output-dir", tmp_path / "run", num_ranks=2)
+    assert done.returncode == 0, done.stderr
+    for line in lines_of(tmp_path / "run")[1:]:
+        assert 1.5 < line["response/turns_mean"] <= 4
+        assert line["response/observation_tokens_mean"] >= 3 * line["response/turns_mean"]
+        assert line["rollout/num_environment_failures"] == 0
+        assert line["reward/mean"] > 0.25  # a quarter a turn that ended by itself
+        # Each sampled token is scored where it was sampled, and each token's experts, the environment's too, are replayed.
+        assert line["mismatch/log_prob_abs_mean"] < 1e-5
+        assert line["routing/engine_disagreement"] == 0.0
+        assert line["routing/replayed_token_fraction"] == 1.0
+        assert line["grad_norm"] > 0.01
 
 
 def test_real_problems_run_the_same_path_and_are_scored_right(recipe: Path, program: Program, tmp_path: Path):

@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from megatron_gspo.config import Recipe
+from megatron_gspo.data.tokenizer import build_byte_tokenizer
+from megatron_gspo.rollout.multi_turn import MultiTurn
 from megatron_gspo.rollout.sglang import ServerHost, SglangEngine
 from megatron_gspo.rollout.sglang_client import ServersGoneError
 from megatron_gspo.rollout.sglang_response import ResponseSchemaError
@@ -34,6 +36,7 @@ from tests.rollout.real_server import (
     weights_of,
     with_sglang,
 )
+from tests.unit.rollout.talkative import Talkative
 
 ROOT = Path(__file__).parents[2]
 G = 3
@@ -95,6 +98,21 @@ def test_new_weights_sample_from_then_on_and_the_old_ones_are_deleted(recipe: Re
     assert {response.weight_version for group in groups for response in group} == {2}
     run_id = engine._sync.label(0).partition(".")[0]
     assert [path.suffix for path in host.connection.weights_dir.glob(f"{run_id}*")] == [".2"]
+
+
+def test_turns_of_one_response_are_those_of_one_policy_over_the_whole_sequence(recipe: Recipe, engine: SglangEngine):
+    model, tokenizer = policy(recipe, seed=1), build_byte_tokenizer()
+    engine.update_weights(weights_of(model), version=5)
+    episodes = MultiTurn(engine, Talkative, tokenizer, max_turns=4, max_observation_tokens=8)
+    groups, turns = episodes.generate(PROMPTS, G, SETTINGS), set()
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for response in group:
+            log_probs, routes = by_transformers(model, prompt, response, SETTINGS.temperature)
+            sampled = response.is_sampled
+            np.testing.assert_allclose(response.log_probs[sampled], log_probs[sampled], atol=1e-4)
+            np.testing.assert_array_equal(np.sort(response.routed_experts), np.sort(routes))
+            turns.add(response.num_turns)
+    assert max(turns) > 2
 
 
 def test_responses_of_other_weights_are_refused_and_the_server_gets_the_right_ones(

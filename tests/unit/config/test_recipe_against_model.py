@@ -51,6 +51,15 @@ DENSE = {"model_type": "qwen3", "num_experts": None, "num_experts_per_tok": None
             {},
             ["rollout.max_response_tokens is 4000", "max_prompt_tokens (1024)", "max_position_embeddings (4096)"],
         ),
+        (
+            ["environment.name=calculator", "environment.max_turns=3", "rollout.max_response_tokens=1000"],
+            {},
+            [
+                "rollout.max_response_tokens is 1000",
+                "environment.max_turns (3) times it",
+                "max_observation_tokens (256)",
+            ],
+        ),
         (["parallel.expert=2"], DENSE, ["parallel.expert is 2", "1 for a dense model"]),
         (["parallel.expert_tensor=1"], DENSE, ["parallel.expert_tensor is 1", "null for a dense model"]),
         (["routing.replay=r2"], DENSE, ["routing.replay is the text 'r2'", "off for a dense model"]),

@@ -159,6 +159,10 @@ def test_a_missing_field_is_named_with_what_it_is(recipe_file: Write, refusal: R
             ["routing.replay is the text 'r2'", "off or r3 under rollout.old_log_probs: engine"],
         ),
         (
+            ["objective.truncated_importance_cap=2", "rollout.old_log_probs=engine"],
+            ["objective.truncated_importance_cap is 2", "null under rollout.old_log_probs: engine"],
+        ),
+        (
             ["training.min_learning_rate=1e-3", "training.learning_rate=1e-4"],
             ["training.min_learning_rate is 0.001", "at most training.learning_rate (0.0001)"],
         ),
@@ -176,7 +180,7 @@ def test_a_missing_field_is_named_with_what_it_is(recipe_file: Write, refusal: R
         ),
         (
             ["reward.overlong_buffer_tokens=65", "rollout.max_response_tokens=64"],
-            ["reward.overlong_buffer_tokens is 65", "at most rollout.max_response_tokens (64)"],
+            ["reward.overlong_buffer_tokens is 65", "at most the 64 tokens of the longest response"],
         ),
         (
             ["data.arithmetic_chain.min_operations=9"],

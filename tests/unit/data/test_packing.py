@@ -1,6 +1,7 @@
 """Packing: every sample exactly once, within the budget, laid out as `MicroBatch` promises."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,41 @@ def test_every_response_is_found_again_behind_the_positions_that_predict_it(
         assert batch.behaviour_log_probs[own].numpy().tolist() == sample.behaviour_log_probs.tolist()
         assert batch.advantages[position].item() == np.float32(sample.advantage)
     assert batch.sample_indices == tuple(sample.index for sample in samples)
+
+
+@given(shapes=sample_shapes, multiple=st.integers(1, 9), seed=st.integers(0, 2**31))
+def test_what_was_not_sampled_is_read_and_is_no_response_token(
+    shapes: list[tuple[int, int]], multiple: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    whole, masked = make_samples(shapes), []
+    for sample in whole:
+        is_sampled = rng.random(len(sample.response_token_ids)) < 0.5
+        is_sampled[-1] = True
+        masked.append(replace(sample, is_sampled=is_sampled))
+    batch, all_learned = pack_on_cpu(masked, multiple), pack_on_cpu(whole, multiple)
+
+    kept = torch.from_numpy(np.concatenate([np.empty(0, bool), *(sample.is_sampled for sample in masked)]))
+    for name in ("predicting_positions", "target_token_ids", "behaviour_log_probs"):
+        assert torch.equal(getattr(batch, name), getattr(all_learned, name)[kept]), name
+    assert batch.response_cu_seqlens.diff().tolist() == [sample.num_sampled_tokens for sample in masked]
+    for name in ("token_ids", "is_sample_token", "position_ids", "segment_cu_seqlens", "advantages"):
+        assert torch.equal(getattr(batch, name), getattr(all_learned, name)), name
+
+
+def test_advantages_of_tokens_stand_where_those_tokens_do() -> None:
+    first, second, third = make_samples([(2, 3), (1, 2), (4, 4)])
+    batch = pack_on_cpu(
+        [
+            replace(first, token_advantages=np.array([1.0, 2.0, 3.0]), is_sampled=np.array([True, False, True])),
+            second,
+            replace(third, token_advantages=np.array([4.0, 5.0, 6.0, 7.0])),
+        ],
+        1,
+    )
+    alike = [np.float32(second.advantage)] * 2
+    assert batch.advantages.tolist() == [1.0, 3.0, *alike, 4.0, 5.0, 6.0, 7.0]
+    assert batch.advantages.dtype == torch.float32
 
 
 @given(shapes=sample_shapes, multiple=st.integers(1, 9))

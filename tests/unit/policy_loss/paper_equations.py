@@ -70,9 +70,19 @@ class Reference:
 
 
 def reference(
-    objective: str, case: Case, low: float, high: float, *, dual: float = math.inf, weights: list[float] | None = None
+    objective: str,
+    case: Case,
+    low: float,
+    high: float,
+    *,
+    dual: float = math.inf,
+    weights: list[float] | None = None,
+    importance: list[float] | None = None,
 ) -> Reference:
-    """Loop over responses and tokens. `weights` [N] are those of a response's token mean; default 1 / N (the paper's)."""
+    """Loop over responses and tokens. `weights` [N] are those of a response's token mean; default 1 / N (the paper's).
+
+    `importance` [T] multiplies what each token adds; default 1.
+    """
     loss, gradient, clipped = 0.0, [], []
     weights = weights or [1 / len(case.lengths)] * len(case.lengths)
     token = 0
@@ -92,8 +102,9 @@ def reference(
             too_low = advantage < 0 and ratio < 1 - low
             is_clipped = advantage != 0 and (too_high or too_low)
             clipped.append(is_clipped)
-            loss -= weights[response] * value / length
-            gradient.append(0.0 if is_clipped else -weights[response] * ratio * advantage / length)
+            share = weights[response] / length * (importance[t] if importance else 1.0)
+            loss -= share * value
+            gradient.append(0.0 if is_clipped else -share * ratio * advantage)
     return Reference(loss, gradient, clipped)
 
 

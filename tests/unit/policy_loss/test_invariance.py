@@ -17,6 +17,7 @@ MINI_BATCHES = {
     "seed": st.integers(0, 2**31),
     "token_advantages": st.booleans(),
 }
+CAPS = st.sampled_from([None, 1.0, 1.3])  # of truncated importance weights
 
 
 def shuffled_pieces(num_responses: int, seed: int) -> list[list[int]]:
@@ -28,9 +29,9 @@ def shuffled_pieces(num_responses: int, seed: int) -> list[list[int]]:
 
 
 @settings(max_examples=80, deadline=None)
-@given(**MINI_BATCHES)
+@given(cap=CAPS, **MINI_BATCHES)
 def test_micro_batches_packing_order_and_empty_micro_batches_change_nothing(
-    objective, aggregation, lengths, seed, token_advantages
+    objective, aggregation, lengths, seed, token_advantages, cap
 ):
     spread = 0.3 if objective == "grpo" else 1e-3
     case = make_case(lengths, spread=spread, seed=seed, token_advantages=token_advantages and objective != "gspo")
@@ -41,12 +42,17 @@ def test_micro_batches_packing_order_and_empty_micro_batches_change_nothing(
         "aggregation": aggregation,
         "constant_length": 7,
         "kl_coefficient": 0.05,
+        "truncated_importance_cap": cap,
     }
 
     def loss_of(responses: list[int]):
-        reference_log_probs = reference_case.select(responses).log_probs
+        other = reference_case.select(responses)
         return policy_loss(
-            objective, *case.select(responses).arguments(), reference_log_probs=reference_log_probs, **options
+            objective,
+            *case.select(responses).arguments(),
+            reference_log_probs=other.log_probs,
+            behaviour_log_probs=other.old_log_probs,
+            **options,
         )
 
     whole = loss_of(list(range(len(lengths))))

@@ -12,7 +12,7 @@ import torch
 from megatron_gspo.config import Recipe, load_recipe
 from megatron_gspo.policy_loss import finalize_metrics
 from megatron_gspo.training.assembly import build_models, frozen_copy, reinforcement_learning_rate
-from megatron_gspo.training.experience import MiniBatch, pack_samples
+from megatron_gspo.training.experience import Experience, MiniBatch, pack_samples, plan_mini_batches
 from megatron_gspo.training.forward import token_log_probs
 from megatron_gspo.training.guards import SkippedUpdates, TrainingDivergedError
 from megatron_gspo.training.old_policy import baseline_log_probs
@@ -128,6 +128,40 @@ def test_the_first_update_after_the_old_policy_pass_has_ratio_one(tmp_path: Path
     # The same packing, kernels and weights: equal to the last bit.
     assert totals.maxima["ratio/token_abs_log_max"] == 0.0
     assert totals.sums["clip/token_fraction"][0] == 0.0
+
+
+def test_tokens_of_an_environment_are_read_and_count_nowhere(tmp_path: Path):
+    recipe = make_recipe(tmp_path, objective={"name": "gspo_token"})
+    policy, whole = make_policy(recipe), make_samples()
+    rng = np.random.default_rng(5)
+    masks = [np.append(rng.random(len(sample.response_token_ids) - 1) < 0.5, True) for sample in whole]
+    masked = [dataclasses.replace(sample, is_sampled=mask) for sample, mask in zip(whole, masks, strict=True)]
+    experience = Experience((), (tuple(masked),), num_failed_rewards=0, rollout_s=0.0, reward_s=0.0)
+    (mini_batch,) = plan_mini_batches(experience, recipe, pad_token_id=256)
+    num_sampled = sum(int(mask.sum()) for mask in masks)
+    assert mini_batch.num_tokens == num_sampled < sum(map(len, masks))
+
+    found = by_sample(mini_batch, token_log_probs(policy.chunks, mini_batch.micro_batches, temperature=1.0))
+    all_tokens = mini_batch_of(whole, recipe)
+    expected = by_sample(all_tokens, token_log_probs(policy.chunks, all_tokens.micro_batches, temperature=1.0))
+    for sample, mask in zip(whole, masks, strict=True):
+        torch.testing.assert_close(found[sample.index], expected[sample.index][torch.from_numpy(mask)])
+
+    old = [micro_batch.behaviour_log_probs for micro_batch in mini_batch.micro_batches]
+    totals = update(policy, recipe, mini_batch, old)
+    assert totals.sums["clip/token_fraction"][1] == totals.sums["ratio/token_log"][1] == num_sampled
+    assert totals.sums["ratio/sequence_log"][1] == len(whole)
+    assert totals.sums["entropy/mean"][1] == num_sampled
+
+
+def by_sample(mini_batch: MiniBatch, log_probs: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {
+        index: values[start:end]
+        for micro_batch, values in zip(mini_batch.micro_batches, log_probs, strict=True)
+        for index, (start, end) in zip(
+            micro_batch.sample_indices, pairwise(micro_batch.response_cu_seqlens.tolist()), strict=True
+        )
+    }
 
 
 def test_the_engine_mismatch_is_the_distance_of_the_two_log_probs(tmp_path: Path):
