@@ -1,7 +1,8 @@
 """A SLURM of several nodes on one machine: each node has network, hostname and processes of its own.
 
 In: root on Debian or Ubuntu with `PACKAGES`. Out: a running cluster whose configuration, state, keys and logs lie in one
-directory; nothing in /etc is touched but /etc/netns, where a network namespace finds its own /etc/hosts.
+directory; nothing in /etc is touched but /etc/netns, where a network namespace finds its own /etc/hosts. All of its
+processes end with the one that brought it up, whatever ends that.
 """
 
 import os
@@ -18,7 +19,7 @@ NETWORK = "10.77.0"  # node i is .i, this machine .254
 BRIDGE = "slurmtestbr"
 CONTROLLER_PORT, NODE_PORT = 16817, 16818
 CPUS, GPUS = 16, 8
-BRING_UP_S = 60.0
+BRING_UP_S = 300.0
 
 
 def why_not() -> str | None:
@@ -28,7 +29,12 @@ def why_not() -> str | None:
     missing = sorted({package for program, package in PACKAGES.items() if shutil.which(program) is None})
     if missing:
         return f"needs the Debian packages {', '.join(missing)}: bash tools/install_slurm.sh"
-    probe = subprocess.run(["unshare", "--net", "--uts", "--pid", "--fork", "true"], capture_output=True, check=False)
+    # util-linux, which every Debian has.
+    probe = subprocess.run(
+        ["setpriv", "--pdeathsig=KILL", "unshare", "--net", "--uts", "--pid", "--fork", "true"],
+        capture_output=True,
+        check=False,
+    )
     return None if probe.returncode == 0 else "this machine allows no namespaces"
 
 
@@ -120,8 +126,10 @@ class Cluster:
         self.daemons.append(self._spawn(name, name, *arguments))
 
     def _spawn(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        # setpriv has the kernel kill the process with the thread that started it; the rest of a node goes with `unshare`.
+        words = ["setpriv", "--pdeathsig=KILL", *command]
         with (self.root / "log" / f"{name}.log").open("ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def _munge_files(self) -> list[str]:
         key = self.root / "munge.key"
@@ -181,7 +189,10 @@ JobRequeue=1
 EnforcePartLimits=ALL
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0
-PartitionName=gpu Nodes=ALL Default=YES DefaultTime=00:30:00 MaxTime=1-00:00:00 DefMemPerCPU=1000 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=gpu Nodes=ALL Default=YES DefaultTime=00:30:00 MaxTime=1-00:00:00 DefMemPerCPU=1000 PriorityTier=1 State=UP
+PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF DefaultTime=00:30:00 DefMemPerCPU=1000 State=UP
 """
 
 
