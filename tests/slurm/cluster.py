@@ -98,7 +98,9 @@ class Cluster:
 
     def node_states(self) -> list[str]:
         """The state of every node; empty where the controller does not answer."""
-        asked = subprocess.run(["sinfo", "-h", "-N", "--partition=gpu", "-o", "%T"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["sinfo", "-h", "-N", "--partition=gpu", "-o", "%T"], capture_output=True, text=True, check=False
+        )
         return asked.stdout.split()
 
     def stop(self) -> None:

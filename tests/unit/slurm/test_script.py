@@ -102,6 +102,19 @@ def test_pyxis_runs_every_task_in_the_image_and_shows_it_what_the_run_reads_and_
     assert words_of(text, "container") == []
 
 
+def test_servers_are_on_nodes_of_their_own_or_beside_the_ranks(script: Callable[..., str], tmp_path: Path):
+    def roles(*arguments: object) -> tuple[list[str], list[str]]:
+        text = script(*arguments)
+        return words_of(text, "servers"), words_of(text, "rollout_nodes")
+
+    sglang = ("rollout.engine=sglang", "parallel.data=4")
+    assert roles() == (["no"], ["0"])
+    assert roles(*sglang, "--nodes", 2) == (["yes"], ["0"])
+    assert roles(*sglang, "--nodes", 3, "--rollout-nodes", 1) == (["yes"], ["1"])
+    mounts = words_of(script(*sglang, "--container", "image"), "srun_options")[1]
+    assert f"{tmp_path}/.runs.servers:{tmp_path}/.runs.servers" in mounts
+
+
 def test_apptainer_is_put_before_the_program(script: Callable[..., str]):
     text = script("slurm.container_runtime=apptainer", "--container", "/images/a b.sif", "--gpus-per-node", 1)
     words = words_of(text, "container")
