@@ -64,7 +64,9 @@ def make_plan(submission: Submission) -> Plan:
     for run in runs:
         refuse_directory_in_use(run.directory)
         if starts_servers(run.recipe):
-            _refuse_unwritable(run.directory.parent, "the servers' key and weights lie beside the run")
+            _refuse_unwritable(
+                run.directory.parent, "accepted: one that can, as the servers' directory lies beside the run's"
+            )
     return Plan(tuple(runs), sizes.pop(), tuple(dict.fromkeys(remarks)))
 
 
