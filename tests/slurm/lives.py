@@ -199,3 +199,15 @@ def sample_from_another_node(cluster: Cluster, recipe: Path) -> Served:
     wait_for(lambda: served.events()[-1] == "ended", "the batch script to end", NEVER_S)
     wait_for(lambda: not private.exists(), "the servers' directory to go", NEVER_S)
     return Served(served, files, mode, key)
+
+
+def ask_for_servers_that_cannot_start(cluster: Cluster, recipe: Path) -> Submitted:
+    """Beside the rank, on its own node."""
+    unserved = submit(
+        recipe.parent / "unserved",
+        recipe.parent / "sglang.yaml",
+        f"slurm.sbatch_options={UNDISTURBED}",
+        MEGATRON_GSPO_SGLANG_PYTHON="/nowhere/python",
+    )
+    unserved.wait_for_end("FAILED")
+    return unserved

@@ -20,6 +20,7 @@ from tests.slurm.lives import (
     Bounded,
     Limited,
     Served,
+    ask_for_servers_that_cannot_start,
     be_preempted_and_requeued,
     compare_arms_and_seeds,
     fail_twice,
@@ -68,6 +69,7 @@ LIVES: dict[str, Callable[..., Any]] = {
     "failing": fail_twice,
     "bounded": run_out_of_requeues,
     "undisturbed": go_undisturbed,
+    "unserved": ask_for_servers_that_cannot_start,
 }
 
 
@@ -104,6 +106,11 @@ def bounded(lives: dict[str, Future[Any]]) -> Bounded:
 @pytest.fixture(scope="module")
 def undisturbed(lives: dict[str, Future[Any]]) -> Submitted:
     return lives["undisturbed"].result()
+
+
+@pytest.fixture(scope="module")
+def unserved(lives: dict[str, Future[Any]]) -> Submitted:
+    return lives["unserved"].result()
 
 
 REFUSALS = {
@@ -278,3 +285,9 @@ def test_a_jobs_servers_have_a_key_that_nobody_else_can_read_and_that_is_written
     for file in (path for path in served.run.directory.rglob("*") if path.is_file()):
         assert served.key.encode() not in file.read_bytes(), file
     assert list((served.run.directory / "slurm/servers/machine_0").glob("server_0.log"))
+
+
+def test_ranks_whose_servers_cannot_start_do_not_wait_for_them(unserved: Submitted):
+    assert "$MEGATRON_GSPO_SGLANG_PYTHON is /nowhere/python, which cannot be run" in unserved.log()
+    assert unserved.events() == ["started", "refused"]
+    assert not (unserved.directory.parent / ".unserved.servers").exists()
