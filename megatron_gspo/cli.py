@@ -50,6 +50,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="launch N ranks on this machine, one of those that srun started this on (slurm/train.sbatch does)",
     )
+    train.add_argument(
+        "--servers", type=Path, metavar="DIR", help="sample from the SGLang servers that `serve` has put into DIR"
+    )
+
+    serve = _recipe_command(commands, "serve", "SGLang servers for a `train --servers DIR` on this or other machines")
+    serve.add_argument("--servers", type=Path, required=True, metavar="DIR", help="holds `key`; serves until that goes")
+    serve.add_argument("--log-dir", type=Path, required=True, metavar="LOGS", help="for what the servers say")
 
     warmstart = _recipe_command(commands, "warmstart", "supervised cold start: train on demonstrations")
     warmstart.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="where the checkpoint goes")
@@ -91,6 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     commands: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
         "train": _train,
+        "serve": _serve,
         "warmstart": _warmstart,
         "evaluate": _evaluate,
         "report": _report,
@@ -143,6 +151,10 @@ def _recipe_command(
 def _train(parsed: argparse.Namespace, given: list[str]) -> int:
     recipe = _load(parsed)
     resume = parsed.resume or parsed.resume_from is not None
+    if parsed.servers is not None and recipe.rollout.engine != "sglang":
+        from megatron_gspo.types import UserError
+
+        raise UserError(f"--servers: rollout.engine is {recipe.rollout.engine}; accepted: sglang")
     if _is_started_plainly():
         from megatron_gspo.report.metrics import refuse_used_directory
 
@@ -154,10 +166,23 @@ def _train(parsed: argparse.Namespace, given: list[str]) -> int:
         with _importing():
             from megatron_gspo.training.loop import train
 
-        finished = train(recipe, parsed.output_dir, resume=resume, resume_from=parsed.resume_from)
+        finished = train(
+            recipe, parsed.output_dir, resume=resume, resume_from=parsed.resume_from, servers=parsed.servers
+        )
         return EXIT_DONE if finished else EXIT_STOPPED
 
     return _on_ranks(recipe, given, run, parsed.ranks_per_node)
+
+
+def _serve(parsed: argparse.Namespace, given: list[str]) -> int:
+    del given
+    recipe = _load(parsed)
+    from megatron_gspo.platform import device
+    from megatron_gspo.rollout.serve import serve
+
+    node = launch.node_of_this_process() or launch.Node()
+    serve(recipe, parsed.servers.resolve(), parsed.log_dir.resolve(), node, on_cpu=device().type == "cpu")
+    return EXIT_DONE
 
 
 def _warmstart(parsed: argparse.Namespace, given: list[str]) -> int:

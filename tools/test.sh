@@ -19,8 +19,8 @@ stage() {
 stage "format" ruff format --check --quiet .
 stage "lint" ruff check --quiet .
 stage "types" mypy
-# Only the tests of rollouts talk to SGLang, and they fail where it is not installed.
-if [ -z "${MEGATRON_GSPO_SGLANG_PYTHON:-}" ] && { [ $# -eq 0 ] || [[ "$*" == *tests/rollout* ]]; }; then
+# The tests of rollouts and of SLURM talk to SGLang, and fail where it is not installed.
+if [ -z "${MEGATRON_GSPO_SGLANG_PYTHON:-}" ] && { [ $# -eq 0 ] || [[ "$*" == *tests/rollout* || "$*" == *tests/slurm* ]]; }; then
   stage "SGLang" bash tools/install_sglang_cpu.sh
 fi
 if [ $# -eq 0 ]; then

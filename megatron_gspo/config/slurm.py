@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from megatron_gspo.config.refusal import Refusal, not_accepted
-from megatron_gspo.config.section import NonNegative, Positive, Section, Switch, TextPath
+from megatron_gspo.config.section import NonNegative, Positive, PositiveFloat, Section, Switch, TextPath
 
 
 def _number_as_text(value: object) -> object:
@@ -28,11 +28,17 @@ class SlurmSection(Section):
     """A job's resources, how it goes on after its time limit, and its environment."""
 
     nodes: Positive = 1
+    """All nodes of the job, those for SGLang servers among them."""
+    rollout_nodes: NonNegative = 0
+    """With `rollout.engine: sglang`, how many of `nodes`, the last ones, are for servers alone. 0 has servers on every node,
+    on the ranks' own GPUs: they hold `rollout.sglang.memory_fraction` of the memory for good, and ranks get the rest."""
     gpus_per_node: NonNegative = 0
     """Ranks a node, one a GPU. 0 asks for none: ranks run on CPUs, `parallel`'s world size over `nodes` on each."""
     gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
     """How GPUs are asked for: `--gpus-per-node`, `--gres` where a cluster knows only that, or not at all, where a
     partition gives whole nodes."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of one GPU in GiB, for a warning where the recipe will not fit; null makes no estimate."""
     gpu_type: SchedulerText | None = None
     """The type in the request: `h100` asks for gpu:h100:8."""
     cpus_per_rank: Positive = 1
@@ -79,7 +85,11 @@ _PRINTABLE = ("modules", "sbatch_options", "container", "container_mounts", "ven
 
 
 def check_slurm(section: SlurmSection) -> Iterator[Refusal]:
-    """What is wrong with the text in the section."""
+    """What is wrong with the text in the section, and with its sizes."""
+    if section.rollout_nodes >= section.nodes:
+        yield not_accepted(
+            "slurm.rollout_nodes", section.rollout_nodes, f"less than slurm.nodes ({section.nodes}): ranks need one too"
+        )
     for name in (*_WORDS, "compare_partition"):
         text = getattr(section, name)
         if text is not None and not _WORD.fullmatch(text):

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from megatron_gspo.config import Recipe
+from megatron_gspo.rollout.serve import KEY_NAME, find_servers
 from megatron_gspo.rollout.sglang_client import Endpoint, SglangClient
 from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
 from megatron_gspo.rollout.sglang_memory import release, resume_cache, resume_weights
 from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION, RoutesShape, dense_layers
-from megatron_gspo.rollout.sglang_server import ServerModel, SglangServers, read_key
+from megatron_gspo.rollout.sglang_server import SglangServers, model_to_serve, read_key
 from megatron_gspo.rollout.weight_sync import WeightSync
 from megatron_gspo.rollout.weight_sync_broadcast import BroadcastWeightSync
 from megatron_gspo.rollout.weight_sync_broadcaster import WeightBroadcaster
@@ -55,8 +56,13 @@ class ServerConnection:
 class ServerHost:
     """What the run's first process owns: servers it started, and the directory of weights."""
 
-    def __init__(self, recipe: Recipe, *, on_cpu: bool) -> None:
-        """Start servers, or connect to those the recipe names.
+    def __init__(self, recipe: Recipe, *, on_cpu: bool, servers: Path | None = None) -> None:
+        """Start servers, or connect to those the recipe names, or to those of a job.
+
+        Args:
+            recipe: its `rollout` section says which.
+            on_cpu: whether servers that are started here run without CUDA.
+            servers: the directory in which `megatron-gspo serve` leaves a job's servers (`rollout.serve`).
 
         Raises:
             UserError: SGLang is not installed, servers do not come up or do not answer, or the key is wrong.
@@ -67,20 +73,17 @@ class ServerHost:
         self._directory = tempfile.TemporaryDirectory(prefix="megatron_gspo_sglang_")  # mode 0700
         private = Path(self._directory.name)
         self.servers: SglangServers | None = None
-        if section.urls is None:
-            model = ServerModel(
-                path=recipe.model.path,
-                dtype=recipe.model.dtype,
-                on_cpu=on_cpu,
-                return_routed_experts=recipe.routing.replay == "r3",
-            )
-            self.servers = SglangServers(section, model, private)
+        if servers is not None:
+            urls = find_servers(servers, section.startup_timeout_s)
+            key = read_key(servers / KEY_NAME)
+        elif section.urls is None:
+            self.servers = SglangServers(section, model_to_serve(recipe, on_cpu=on_cpu), private)
             self.servers.start()
             urls, key = self.servers.urls, self.servers.key
         else:
             assert section.key_file is not None, "the recipe's check holds this"
             urls, key = section.server_urls(), read_key(section.key_file)
-        weights_dir = section.weights_dir or private / "weights"
+        weights_dir = section.weights_dir or (servers or private) / "weights"
         self.connection = ServerConnection(tuple(urls), key, secrets.token_hex(8), weights_dir)
 
     def close(self) -> None:

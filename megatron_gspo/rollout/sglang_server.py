@@ -25,7 +25,7 @@ from pathlib import Path
 
 import httpx
 
-from megatron_gspo.config import SglangSection
+from megatron_gspo.config import Recipe, SglangSection
 from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION
 from megatron_gspo.types import UserError
 
@@ -52,6 +52,16 @@ class ServerModel:
     dtype: str
     on_cpu: bool
     return_routed_experts: bool
+
+
+def model_to_serve(recipe: Recipe, *, on_cpu: bool) -> ServerModel:
+    """What the servers of a recipe's run serve."""
+    return ServerModel(
+        path=recipe.model.path,
+        dtype=recipe.model.dtype,
+        on_cpu=on_cpu,
+        return_routed_experts=recipe.routing.replay == "r3",
+    )
 
 
 def find_python(section: SglangSection) -> Path:
@@ -156,12 +166,13 @@ class _Server:
 
 @dataclass
 class SglangServers:
-    """The servers of one run. `directory` holds their logs and the key, and is private to the user."""
+    """The servers of one run on this machine. `directory` holds their logs, and the key where none is given."""
 
     section: SglangSection
     model: ServerModel
     directory: Path
     restarts: int = 0  # since the servers came up
+    key_file: Path | None = None  # of mode 0600; None has a new key made in `directory`
     _servers: list[_Server] = field(default_factory=list)
     _closing: threading.Event = field(default_factory=threading.Event)
     _watcher: threading.Thread | None = None
@@ -173,7 +184,8 @@ class SglangServers:
             UserError: SGLang is not installed, a server does not come up (with its own last lines), or not in time.
         """
         self._python = find_python(self.section)
-        self.key_file = write_key(self.directory)
+        if self.key_file is None:
+            self.key_file = write_key(self.directory)
         self.key = read_key(self.key_file)
         for index in range(self.section.num_servers):
             port = _free_port(self.section.host) if self.section.first_port is None else self.section.first_port + index
@@ -193,6 +205,11 @@ class SglangServers:
     def urls(self) -> list[str]:
         """Where the servers are reached."""
         return [server.url for server in self._servers]
+
+    @property
+    def are_given_up(self) -> bool:
+        """Whether every server has died too often to be started again."""
+        return all(server.given_up for server in self._servers)
 
     def process_ids(self) -> list[int]:
         """The servers' processes that run; each leads a process group."""
@@ -220,6 +237,7 @@ class SglangServers:
             _end(server)
 
     def _launch(self, server: _Server) -> None:
+        assert self.key_file is not None, "start has seen to it"
         command = launch_command(self._python, self.key_file, self.section, self.model, server.index, server.port)
         with server.log.open("ab") as log:
             server.process = subprocess.Popen(

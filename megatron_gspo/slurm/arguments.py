@@ -9,7 +9,9 @@ from pathlib import Path
 #: Options that are short for a field of the recipe's `slurm` section.
 SHORT_FOR = {
     "--nodes": "nodes",
+    "--rollout-nodes": "rollout_nodes",
     "--gpus-per-node": "gpus_per_node",
+    "--gpu-memory-gib": "gpu_memory_gib",
     "--time": "time",
     "--partition": "partition",
     "--account": "account",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_gspo.config import Recipe, load_recipe, recipe_for_world_size, require_data_files
 from megatron_gspo.slurm.arguments import Submission
+from megatron_gspo.slurm.roles import check_servers, remark_on_memory, starts_servers
 from megatron_gspo.types import UserError
 
 
@@ -62,40 +63,43 @@ def make_plan(submission: Submission) -> Plan:
     _check_alike(runs, sizes)
     for run in runs:
         refuse_directory_in_use(run.directory)
+        if starts_servers(run.recipe):
+            _refuse_unwritable(
+                run.directory.parent, "accepted: one that can, as the servers' directory lies beside the run's"
+            )
     return Plan(tuple(runs), sizes.pop(), tuple(dict.fromkeys(remarks)))
 
 
 def _on_its_nodes(recipe: Recipe) -> tuple[Recipe, int, list[str]]:
     """The recipe with as many replicas as its nodes hold ranks, the ranks a node, and remarks."""
-    if recipe.rollout.engine == "sglang":
-        raise UserError(
-            "rollout.engine is sglang, and submit starts no SGLang servers in this version; accepted: local"
-        )
     require_data_files(recipe)
+    remarks = check_servers(recipe)
     slurm, parallel = recipe.slurm, recipe.parallel
-    remarks: list[str] = []
+    nodes = slurm.nodes - slurm.rollout_nodes
+    named = "slurm.nodes - rollout_nodes" if slurm.rollout_nodes else "slurm.nodes"
     if slurm.gpus_per_node == 0:
-        if parallel.world_size % slurm.nodes:
+        if parallel.world_size % nodes:
             raise UserError(
-                f"slurm.nodes is {slurm.nodes}; accepted: a divisor of the layout's {parallel.world_size} ranks "
+                f"{named} is {nodes}; accepted: a divisor of the layout's {parallel.world_size} ranks "
                 f"(parallel.tensor × pipeline × context × data), or slurm.gpus_per_node"
             )
-        return recipe, parallel.world_size // slurm.nodes, remarks
-    ranks = slurm.nodes * slurm.gpus_per_node
+        return recipe, parallel.world_size // nodes, remarks
+    ranks = nodes * slurm.gpus_per_node
     if ranks % parallel.model_size:
         raise UserError(
-            f"slurm.nodes × slurm.gpus_per_node is {slurm.nodes} × {slurm.gpus_per_node} = {ranks} ranks; accepted: a "
+            f"{named} × slurm.gpus_per_node is {nodes} × {slurm.gpus_per_node} = {ranks} ranks; accepted: a "
             f"multiple of parallel.tensor × pipeline × context ({parallel.tensor} × {parallel.pipeline} × "
             f"{parallel.context} = {parallel.model_size})"
         )
     if ranks != parallel.world_size:
         remarks.append(f"{ranks} GPUs hold {ranks // parallel.model_size} replicas: parallel.data is set to that")
-    if slurm.nodes > 1 and parallel.tensor > slurm.gpus_per_node:
+    if nodes > 1 and parallel.tensor > slurm.gpus_per_node:
         remarks.append(
             f"parallel.tensor {parallel.tensor} reaches over nodes of {slurm.gpus_per_node} GPUs: every layer waits for "
             "the network between them"
         )
-    return recipe_for_world_size(recipe, ranks), slurm.gpus_per_node, remarks
+    resized = recipe_for_world_size(recipe, ranks)
+    return resized, slurm.gpus_per_node, remarks + remark_on_memory(resized)
 
 
 def _check_alike(runs: list[PlannedRun], sizes: set[int]) -> None:
@@ -118,11 +122,15 @@ def refuse_directory_in_use(directory: Path) -> None:
         raise UserError(
             f"--output-dir: {directory} has quotes, a backslash, % or a line break; accepted: a name without"
         )
+    _refuse_unwritable(directory, "accepted: a directory all nodes share")
+
+
+def _refuse_unwritable(directory: Path, why: str) -> None:
     above = directory
     while not above.exists():
         above = above.parent
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK) or _is_read_only(above):
-        raise UserError(f"--output-dir: {directory} cannot be written ({above}); accepted: a directory all nodes share")
+        raise UserError(f"--output-dir: {directory} cannot be written ({above}); {why}")
 
 
 def _is_read_only(directory: Path) -> bool:

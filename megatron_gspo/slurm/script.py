@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_gspo.config import Recipe, SlurmSection
 from megatron_gspo.slurm.plan import Plan
+from megatron_gspo.slurm.roles import servers_directory, starts_servers
 from megatron_gspo.types import UserError
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
@@ -43,6 +44,8 @@ def train_script(plan: Plan, output_dir: Path) -> str:
         "runs": [run.directory for run in plan.runs],
         "python": python_of(slurm),
         "ranks_per_node": plan.ranks_per_node,
+        "servers": "yes" if starts_servers(plan.recipe) else "no",
+        "rollout_nodes": slurm.rollout_nodes,
         **_environment_variables(plan, output_dir),
         "requeue": "yes" if slurm.requeue else "no",
         "max_requeues": slurm.max_requeues,
@@ -63,6 +66,7 @@ def compare_script(plan: Plan, output_dir: Path) -> str:
         f'--output="{output_dir / "slurm" / "compare_%j.log"}"',
     ]
     variables: dict[str, ScriptValue] = {
+        "script": output_dir / "slurm" / "compare.sbatch",
         "runs": [run.directory for run in plan.runs],
         "output": output_dir / "compare.html",
         "python": python_of(slurm),
@@ -110,7 +114,8 @@ def _environment_variables(plan: Plan, output_dir: Path) -> dict[str, ScriptValu
     srun_options: list[str] = []
     container: list[str] = []
     if slurm.container is not None:
-        mounts = [f"{path}:{path}" for path in shown_to_the_container(plan.recipe, output_dir)]
+        shown = shown_to_the_container(plan.recipe, output_dir, is_array=len(plan.runs) > 1)
+        mounts = [f"{path}:{path}" for path in shown]
         mounts += [slurm.container_mounts] if slurm.container_mounts else []
         if slurm.container_runtime == "pyxis":
             srun_options = [
@@ -133,10 +138,12 @@ def _environment_variables(plan: Plan, output_dir: Path) -> dict[str, ScriptValu
     return {"modules": (slurm.modules or "").split(), "srun_options": srun_options, "container": container}
 
 
-def shown_to_the_container(recipe: Recipe, output_dir: Path) -> list[Path]:
+def shown_to_the_container(recipe: Recipe, output_dir: Path, *, is_array: bool) -> list[Path]:
     """The directories a run reads and writes; one inside another is left to the outer one."""
     files = [Path(data) for data in (recipe.data.train, recipe.data.eval) if data is not None]
     wanted = {Path.cwd(), output_dir, recipe.model.path, *(file.parent for file in files if file.is_absolute())}
+    if starts_servers(recipe) and not is_array:
+        wanted.add(servers_directory(output_dir))  # an array's lie in its output directory
     return sorted(path for path in wanted if not any(other in path.parents for other in wanted))
 
 

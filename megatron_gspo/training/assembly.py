@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -73,15 +74,17 @@ class Inputs:
     held_out: PromptStream | None
 
 
-def assemble(recipe: Recipe) -> Run:
+def assemble(recipe: Recipe, servers: Path | None = None) -> Run:
     """Build a run; the rollout engine holds the policy's weights when this returns. Every rank calls this.
+
+    `servers` is the directory of a job's SGLang servers (`rollout.serve`).
 
     Raises:
         UserError: the recipe asks for what this version does not have, or its model, data or reward cannot be used.
     """
     recipe = with_clip_range(recipe)
     inputs = together(lambda: open_inputs(recipe))
-    rollouts = open_rollouts(recipe, inputs.tokenizer)
+    rollouts = open_rollouts(recipe, inputs.tokenizer, servers)
     models = build_models(recipe)
     run = Run(
         recipe=recipe,

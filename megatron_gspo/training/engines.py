@@ -7,6 +7,8 @@ them through the ranks' own process group.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -22,8 +24,10 @@ from megatron_gspo.training.agreement import on_main_rank, together
 from megatron_gspo.training.rollouts import Rollouts
 
 
-def open_rollouts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rollouts | None:
+def open_rollouts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, servers: Path | None = None) -> Rollouts | None:
     """The engine and reward that the recipe names, on data leaders. Every rank calls this.
+
+    `servers` is the directory of a job's SGLang servers (`rollout.serve`); None has them started, or named by the recipe.
 
     Raises:
         UserError: there is no such reward or environment, or the engine cannot be built; on every rank.
@@ -31,7 +35,10 @@ def open_rollouts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Rollout
     is_leader = parallel.is_data_leader()
     make_environment = together(lambda: _environment(recipe, tokenizer))
     scorer = together(lambda: RewardScorer(recipe.reward.name, recipe.reward.timeout_s) if is_leader else None)
-    engine = _sglang_engine(recipe) if recipe.rollout.engine == "sglang" else together(lambda: _local_engine(recipe))
+    if recipe.rollout.engine == "sglang":
+        engine = _sglang_engine(recipe, servers)
+    else:
+        engine = together(lambda: _local_engine(recipe))
     if engine is None:
         return None
     assert scorer is not None, "data leaders have a reward and an engine"
@@ -68,7 +75,7 @@ def _local_engine(recipe: Recipe) -> RolloutEngine | None:
     )
 
 
-def _sglang_engine(recipe: Recipe) -> RolloutEngine | None:
+def _sglang_engine(recipe: Recipe, servers: Path | None) -> RolloutEngine | None:
     # Imported here: a run of the local engine does not need httpx, or to know of servers.
     from megatron_gspo.rollout.sglang import ServerConnection, ServerHost, SglangEngine
 
@@ -76,7 +83,7 @@ def _sglang_engine(recipe: Recipe) -> RolloutEngine | None:
 
     def start() -> ServerConnection:
         nonlocal host
-        host = ServerHost(recipe, on_cpu=device().type == "cpu")
+        host = ServerHost(recipe, on_cpu=device().type == "cpu", servers=servers)
         return host.connection
 
     connection = on_main_rank(start)

@@ -47,7 +47,14 @@ logger = logging.getLogger(__name__)
 progress_log = logging.getLogger("megatron_gspo.progress")  # log.txt alone: the display shows the same
 
 
-def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from: int | None = None) -> bool:
+def train(
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    resume: bool = False,
+    resume_from: int | None = None,
+    servers: Path | None = None,
+) -> bool:
     """Run the recipe. Every rank calls this; rank 0 writes the run directory.
 
     Args:
@@ -55,6 +62,7 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from
         output_dir: the run directory; a new one, or that of the run to go on with.
         resume: go on from the newest checkpoint in `output_dir`.
         resume_from: go on from the checkpoint of this step instead.
+        servers: the directory of a job's SGLang servers (`rollout.serve`), which are then not started here.
 
     Returns:
         Whether the run came to its end; False where a signal asked it to stop, or no rollout engine was left, with a
@@ -71,7 +79,7 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = False, resume_from
     found = find_checkpoint(store, recipe, resume_from) if resume or resume_from is not None else None
     if found is None:
         on_main_rank(lambda: refuse_used_directory(output_dir))
-    run = assemble(recipe)
+    run = assemble(recipe, servers)
     skipped = SkippedUpdates(recipe.training.max_skipped_updates)
     if found is not None:
         load_checkpoint(run, found.path, found.state, skipped)

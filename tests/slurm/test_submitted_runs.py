@@ -1,238 +1,116 @@
 """Runs submitted to a real SLURM: they train, survive what clusters do to jobs, and are refused before they could fail."""
 
 import json
-import os
 import re
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.slurm.cluster import Cluster, job_details, run, start_now, wait_for
+from tests.slurm.cluster import Cluster, job_details, run, wait_for
+from tests.slurm.lives import (
+    STEPS,
+    Array,
+    Bounded,
+    Limited,
+    Served,
+    ask_for_servers_that_cannot_start,
+    be_preempted_and_requeued,
+    compare_arms_and_seeds,
+    fail_twice,
+    go_undisturbed,
+    reach_the_time_limit_and_lose_a_node,
+    run_out_of_requeues,
+    sample_from_another_node,
+)
+from tests.slurm.submitted import REPOSITORY, Submitted, program
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
-REPOSITORY = Path(__file__).parents[2]
-UNTIMED = ("time/", "throughput/", "memory/")
-NEVER_S = 900.0  # only a hang waits this long
-STEPS = 12
-
-
-@dataclass(frozen=True)
-class Submitted:
-    """A run that was submitted."""
-
-    directory: Path
-    job: str
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The run's metrics, but for what no two runs share."""
-        file = self.directory / "metrics.jsonl"
-        lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        return [{name: value for name, value in line.items() if not name.startswith(UNTIMED)} for line in lines]
-
-    def wait_for_step(self, step: int) -> None:
-        """Wait until the line of a step is written."""
-
-        def reached() -> bool:
-            assert self.state in ("PENDING", "RUNNING", "COMPLETING"), self.log()
-            return bool(lines := self.lines()) and lines[-1]["step"] >= step
-
-        wait_for(reached, f"step {step}", NEVER_S)
-
-    def wait_for_end(self, state: str) -> None:
-        """Wait until the job is over, which must be as `state` says."""
-        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        wait_for(lambda: self.state in over, f"job {self.job} to end", NEVER_S)
-        assert self.state == state, self.log()
-
-    @property
-    def state(self) -> str:
-        return job_details(self.job)["JobState"]
-
-    def events(self) -> list[str]:
-        """What happened to the run, from the batch script's notes."""
-        return [line.split()[3] for line in (self.directory / "slurm/attempts.txt").read_text().splitlines()]
-
-    def log(self, restart: int | None = None) -> str:
-        """What an attempt said; by default all of them."""
-        pattern = "job_*_restart_*.log" if restart is None else f"job_*_restart_{restart}.log"
-        return "\n".join(path.read_text() for path in sorted((self.directory / "slurm").glob(pattern)))
-
-    def newest_checkpoint(self) -> int:
-        return max((int(path.name[5:]) for path in (self.directory / "checkpoints").glob("step_*")), default=0)
-
-
-def program(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_gspo", *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=NEVER_S,
-    )
-
-
-def submit(directory: Path, *arguments: object) -> Submitted:
-    done = program("submit", *arguments, "--output-dir", directory)
-    assert done.returncode == 0, done.stderr
-    assert f"Next: megatron-gspo status {directory}" in done.stdout
-    return Submitted(directory, re.match(r"Submitted job (\d+)", done.stdout)[1])
+AT_A_TIME = 4  # more lives would start so many ranks at once that none gets on
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("recipe")
-    write_tiny_model(directory / "model")
+    write_tiny_model(directory / "model", architectures=["Qwen3MoeForCausalLM"])
     text = tiny_recipe(
         directory / "model",
         training={"steps": STEPS, "save_every": 2},
         evaluation={"prompts": 2},
-        reward={"name": "tests.end_to_end.length_reward:even_length"},
+        reward={"name": "tests.slurm.held_reward:even_length", "timeout_s": 900},
     )
     (directory / "tiny.yaml").write_text(text)
+    servers = {"memory_fraction": 0.3, "max_total_tokens": 8192, "max_requests_in_flight": 32}
+    rollout = {"engine": "sglang", "verify_weights": True, "sglang": servers}
+    (directory / "sglang.yaml").write_text(yaml.safe_dump({"base": "tiny.yaml", "rollout": rollout}))
     return directory / "tiny.yaml"
 
 
-@dataclass(frozen=True)
-class Life:
-    """A run on two nodes that was told to save, lost a node, and came to its end; and one that nothing happened to."""
+@pytest.fixture(scope="module")
+def lives(request: pytest.FixtureRequest, cluster: Cluster, recipe: Path) -> Iterator[dict[str, Future[Any]]]:
+    """What the tests that were chosen ask for by fixtures of these names, several at a time, the longest first."""
+    asked_for = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    pool = ThreadPoolExecutor(AT_A_TIME)
+    yield {name: pool.submit(life, cluster, recipe) for name, life in LIVES.items() if name in asked_for}
+    pool.shutdown(wait=False, cancel_futures=True)
 
-    run: Submitted
-    uninterrupted: Submitted  # on one node
-    status: str  # printed while the second attempt ran
+
+LIVES: dict[str, Callable[..., Any]] = {
+    "limited": reach_the_time_limit_and_lose_a_node,
+    "array": compare_arms_and_seeds,
+    "served": sample_from_another_node,
+    "moved": be_preempted_and_requeued,
+    "failing": fail_twice,
+    "bounded": run_out_of_requeues,
+    "undisturbed": go_undisturbed,
+    "unserved": ask_for_servers_that_cannot_start,
+}
 
 
 @pytest.fixture(scope="module")
-def life(cluster: Cluster, recipe: Path) -> Life:
-    run_ = submit(recipe.parent / "two_nodes", recipe, "parallel.data=2", "--nodes", 2, "--time", "00:30:00")
-    run_.wait_for_step(2)
-    # As SLURM does before the limit (--signal=B:USR1): to the batch script alone.
-    run("scancel", "--batch", "--signal=USR1", run_.job)
-    start_now(run_.job)
-    stopped_after = run_.newest_checkpoint()
-    run_.wait_for_step(stopped_after + 1)
-    status = program("status", run_.job).stdout
-    lost = run("scontrol", "show", "hostnames", job_details(run_.job)["NodeList"]).split()[1]
-    cluster.kill_node(lost)
-    uninterrupted = submit(recipe.parent / "one_node", recipe, "--gpus-per-node", 2)
-    start_now(run_.job)
-    run_.wait_for_end("COMPLETED")
-    uninterrupted.wait_for_end("COMPLETED")
-    cluster.revive_node(lost)
-    return Life(run_, uninterrupted, status)
+def limited(lives: dict[str, Future[Any]]) -> Limited:
+    return lives["limited"].result()
 
 
-def test_two_nodes_stopped_requeued_and_bereft_of_a_node_compute_what_one_node_computes_undisturbed(life: Life):
-    assert [line["step"] for line in life.run.lines()] == list(range(STEPS + 1))
-    assert life.run.lines() == life.uninterrupted.lines()
-    assert any(line["grad_norm"] > 0 for line in life.run.lines()[1:])
-    exported = [
-        one.directory / f"checkpoints/hf_step_{STEPS}/model.safetensors" for one in (life.run, life.uninterrupted)
-    ]
-    assert exported[0].read_bytes() == exported[1].read_bytes()
+@pytest.fixture(scope="module")
+def array(lives: dict[str, Future[Any]]) -> Array:
+    return lives["array"].result()
 
 
-def test_the_ranks_of_a_job_are_spread_over_its_nodes(life: Life):
-    assert re.search(r"train.sbatch: 2 nodes \(node\[\d-\d\]\), 1 ranks each, after step 0", life.run.log(0))
-    assert "1 nodes (node" in life.uninterrupted.log(0)
-    assert "2 ranks each" in life.uninterrupted.log(0)
+@pytest.fixture(scope="module")
+def served(lives: dict[str, Future[Any]]) -> Served:
+    return lives["served"].result()
 
 
-def test_a_job_told_to_save_requeues_itself_and_one_that_loses_a_node_starts_again(life: Life):
-    events = life.run.events()
-    assert events[:3] == ["started", "stopped", "started"]
-    assert events[-2:] == ["started", "done"]
-    notes = (life.run.directory / "slurm/attempts.txt").read_text().splitlines()
-    assert all(re.fullmatch(r"\S+ \d+ \d (\w+) \d+ (-?\d+|-)", note) for note in notes)
-    assert job_details(life.run.job)["Restarts"] == "2"
-    assert "asked to save and stop" in life.run.log(0)
-    assert "going on from" in life.run.log(1)
-    assert "train.sbatch: done" in life.run.log(2)
+@pytest.fixture(scope="module")
+def moved(lives: dict[str, Future[Any]]) -> Submitted:
+    return lives["moved"].result()
 
 
-def test_status_tells_state_step_reward_restarts_time_left_and_log(life: Life):
-    first, second = life.status.splitlines()
-    assert re.fullmatch(
-        rf"{life.run.directory}  job {life.run.job}  RUNNING  step \d+/{STEPS}  reward 0\.\d+  restarts 1  \d+:\d+ left",
-        first,
-    )
-    assert second == f"    log: {life.run.directory}/slurm/job_{life.run.job}_restart_1.log"
-    over = program("status", life.run.directory).stdout
-    assert f"COMPLETED (done)  step {STEPS}/{STEPS}" in over
-    assert "restarts 2" in over
+@pytest.fixture(scope="module")
+def failing(lives: dict[str, Future[Any]]) -> Submitted:
+    return lives["failing"].result()
 
 
-def test_a_run_is_not_submitted_twice(life: Life, recipe: Path):
-    done = program("submit", recipe, "--output-dir", life.run.directory)
-    assert done.returncode == 2
-    assert f"to go on with it: sbatch {life.run.directory}/slurm/train.sbatch" in done.stderr
+@pytest.fixture(scope="module")
+def bounded(lives: dict[str, Future[Any]]) -> Bounded:
+    return lives["bounded"].result()
 
 
-def test_a_job_out_of_requeues_stays_saved_goes_on_by_hand_and_is_not_requeued_when_cancelled(
-    cluster: Cluster, recipe: Path
-):
-    bounded = submit(recipe.parent / "bounded", recipe, "training.steps=1000", "slurm.max_requeues=0")
-    bounded.wait_for_step(1)
-    run("scancel", "--batch", "--signal=USR1", bounded.job)
-    bounded.wait_for_end("FAILED")
-    saved = bounded.newest_checkpoint()
-    assert saved >= 1
-    assert bounded.events() == ["started", "stopped", "gave_up"]
-    script = bounded.directory / "slurm/train.sbatch"
-    assert f"slurm.max_requeues is 0: stays as it is. To go on: sbatch {script}" in bounded.log()
-
-    again = Submitted(bounded.directory, run("sbatch", "--parsable", str(script)).strip())
-    again.wait_for_step(saved + 1)
-    run("scancel", again.job)
-    again.wait_for_end("CANCELLED")
-    wait_for(lambda: again.events()[-1] == "ended", "the batch script to notice", NEVER_S)
-    assert again.newest_checkpoint() > saved
-    assert job_details(again.job)["Restarts"] == "0"
-    assert again.state == "CANCELLED"
+@pytest.fixture(scope="module")
+def undisturbed(lives: dict[str, Future[Any]]) -> Submitted:
+    return lives["undisturbed"].result()
 
 
-def test_a_job_that_fails_twice_at_the_same_step_stops_and_says_so(cluster: Cluster, recipe: Path):
-    failing = submit(recipe.parent / "failing", recipe, "objective.name=tests.slurm.failing_objective:OBJECTIVE")
-    failing.wait_for_end("FAILED")
-    assert failing.events() == ["started", "failed", "started", "failed", "gave_up"]
-    assert "this objective always fails" in failing.log(0)
-    assert "failed twice after the checkpoint of step 0 (status 1): not tried again" in failing.log(1)
-    assert "FAILED (gave up)" in program("status", failing.directory).stdout
-
-
-def test_arms_and_seeds_are_an_array_whose_comparison_waits_for_no_more_than_its_end(cluster: Cluster, recipe: Path):
-    (recipe.parent / "grpo.yaml").write_text("base: tiny.yaml\nobjective:\n  name: grpo\n")
-    output = recipe.parent / "array"
-    done = program(
-        *("submit", recipe, "training.steps=1", "data.eval=null", "--arms", recipe.parent / "grpo.yaml"),
-        *("--seeds", "1,2", "--output-dir", output),
-    )
-    assert done.returncode == 0, done.stderr
-    array, comparison = re.findall(r"Submitted job (\d+)", done.stdout)
-    assert job_details(comparison)["Dependency"].startswith(f"afterany:{array}_")
-    runs = {f"{arm}_seed_{seed}": (arm, seed) for arm in ("tiny", "grpo") for seed in (1, 2)}
-    tasks = [Submitted(output / name, f"{array}_{number}") for number, name in enumerate(runs)]
-    for task in tasks:
-        task.wait_for_end("COMPLETED")
-        assert [line["step"] for line in task.lines()] == [1]
-        recipe_of_run = yaml.safe_load((task.directory / "recipe.yaml").read_text())
-        arm, seed = runs[task.directory.name]
-        assert recipe_of_run["seed"] == seed
-        assert recipe_of_run["objective"]["name"] == ("grpo" if arm == "grpo" else "gspo")
-    assert len({json.dumps(task.lines()) for task in tasks}) == 4
-    assert len(program("status", output).stdout.splitlines()) == 8
-    wait_for(lambda: job_details(comparison)["JobState"] in ("COMPLETED", "FAILED"), "the comparison", NEVER_S)
-    said = (output / f"slurm/compare_{comparison}.log").read_text()
-    directories = " ".join(str(task.directory) for task in tasks)
-    assert f"megatron-gspo compare {directories} --output {output}/compare.html" in said
-    assert job_details(comparison)["JobState"] == "COMPLETED", said
-    assert "<html" in (output / "compare.html").read_text()
+@pytest.fixture(scope="module")
+def unserved(lives: dict[str, Future[Any]]) -> Submitted:
+    return lives["unserved"].result()
 
 
 REFUSALS = {
@@ -247,14 +125,13 @@ REFUSALS = {
 @pytest.mark.parametrize("what", REFUSALS)
 def test_is_refused_before_submission_in_one_line(cluster: Cluster, recipe: Path, tmp_path: Path, what: str):
     options, words = REFUSALS[what]
-    queue = run("squeue", "-h", "--states=all")
     sizes = ("parallel.data=2", "training.prompts_per_step=160")
-    done = program("submit", recipe, *sizes, *options, "--output-dir", tmp_path / "run")
+    done = program("submit", recipe, *sizes, *options, "--output-dir", tmp_path / "refused")
     assert done.returncode == 2
     assert words in done.stderr
     refusals = [line for line in done.stderr.splitlines() if "is set to that" not in line]
     assert len(refusals) == 1
-    assert run("squeue", "-h", "--states=all") == queue
+    assert run("squeue", "-h", "--states=all", "--name=refused") == ""
     assert list(tmp_path.iterdir()) == []
 
 
@@ -272,3 +149,145 @@ def test_a_dry_run_prints_the_script_that_would_run_and_leaves_nothing(cluster: 
     assert tested.returncode == 0, tested.stderr
     assert f"runs=({tmp_path}/run)" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_test_session_has_started_is_gone_with_it(cluster: Cluster, tmp_path: Path):
+    (tmp_path / "log").mkdir()
+    session = (
+        "import os; from pathlib import Path; from tests.slurm.cluster import Cluster\n"
+        f"print(Cluster(Path({str(tmp_path)!r}))._spawn('daemon', 'sleep', '1000').pid, flush=True)\n"
+        f"os.kill(os.getpid(), {signal.SIGKILL:d})"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", session], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    ).stdout
+
+    def is_gone() -> bool:
+        try:
+            return Path(f"/proc/{int(printed)}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
+
+    wait_for(is_gone, "the daemon to end")
+
+
+def test_two_nodes_stopped_requeued_and_bereft_of_a_node_compute_what_one_node_computes_undisturbed(
+    limited: Limited, undisturbed: Submitted
+):
+    assert [line["step"] for line in limited.run.lines()] == list(range(STEPS + 1))
+    assert limited.run.lines() == undisturbed.lines()
+    assert any(line["grad_norm"] > 0 for line in limited.run.lines()[1:])
+    exported = [one.directory / f"checkpoints/hf_step_{STEPS}/model.safetensors" for one in (limited.run, undisturbed)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+
+
+def test_the_ranks_of_a_job_are_spread_over_its_nodes(limited: Limited, undisturbed: Submitted):
+    assert "2 nodes (of node[2,4]), 1 ranks each, after step 0" in limited.run.log(0)
+    assert "1 nodes (of node" in undisturbed.log(0)
+    assert "2 ranks each" in undisturbed.log(0)
+
+
+def test_a_job_near_its_limit_saves_and_requeues_itself_and_one_that_loses_a_node_starts_again(limited: Limited):
+    # The script heard of the lost node only where SLURM's signal came before its end.
+    assert [event for event in limited.run.events() if event != "ended"] == [
+        *("started", "stopped", "started", "started", "done")
+    ]
+    notes = (limited.run.directory / "slurm/attempts.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"\S+ \d+ \d (\w+) \d+ (-?\d+|-)", note) for note in notes)
+    assert job_details(limited.run.job)["Restarts"] == "2"
+    assert "saved after step 3" in limited.run.log(0)
+    assert "1 ranks each, after step 3" in limited.run.log(1)
+    assert "1 ranks each, after step 4" in limited.run.log(2)
+
+
+def test_status_tells_state_step_reward_restarts_time_left_and_log(limited: Limited):
+    first, second = limited.status.splitlines()
+    directory, job = limited.run.directory, limited.run.job
+    assert re.fullmatch(
+        rf"{directory}  job {job}  RUNNING  step 5/{STEPS}  reward 0\.\d+  restarts 1  \d+:\d+ left", first
+    )
+    assert second == f"    log: {directory}/slurm/job_{job}_restart_1.log"
+    over = program("status", directory).stdout
+    assert f"COMPLETED (done)  step {STEPS}/{STEPS}" in over
+    assert "restarts 2" in over
+
+
+def test_a_run_is_not_submitted_twice(limited: Limited, recipe: Path):
+    done = program("submit", recipe, "--output-dir", limited.run.directory)
+    assert done.returncode == 2
+    assert f"to go on with it: sbatch {limited.run.directory}/slurm/train.sbatch" in done.stderr
+
+
+def test_a_job_preempted_and_one_requeued_by_an_operator_save_and_compute_what_they_would_have(
+    moved: Submitted, array: Array
+):
+    assert moved.events() == ["started", "ended", "started", "ended", "started", "done"]
+    assert job_details(moved.job)["Restarts"] == "2"
+    assert "after step 3" in moved.log(1)
+    assert "after step 5" in moved.log(2)
+    assert moved.lines() == array.tasks[0].lines()
+
+
+def test_a_job_out_of_requeues_stays_saved_and_goes_on_by_hand(bounded: Bounded):
+    assert bounded.saved == 1
+    script = bounded.first.directory / "slurm/train.sbatch"
+    assert f"slurm.max_requeues is 0: stays as it is. To go on: sbatch {script}" in bounded.said
+    assert bounded.first.events() == ["started", "stopped", "gave_up", "started", "done"]
+    assert [line["step"] for line in bounded.by_hand.lines()] == list(range(STEPS + 1))
+
+
+def test_a_job_that_fails_twice_at_the_same_step_stops_and_says_so(failing: Submitted):
+    assert failing.events() == ["started", "failed", "started", "failed", "gave_up"]
+    assert "this objective always fails" in failing.log(0)
+    assert "failed twice after the checkpoint of step 0 (status 1): not tried again" in failing.log(1)
+    assert "FAILED (gave up)" in program("status", failing.directory).stdout
+    # Its first requeue was heard by SLURM, and cut short before scontrol could say so.
+    assert run("squeue", "-h", "--states=all", "--name=failing", "--format=%i").split() == [failing.job]
+
+
+def test_arms_and_seeds_are_an_array_of_different_runs(array: Array):
+    for task, (arm, seed) in zip(array.tasks, [("gspo", 1), ("gspo", 2), ("grpo", 1), ("grpo", 2)], strict=True):
+        assert [line["step"] for line in task.lines()] == list(range(STEPS + 1))
+        recipe_of_run = yaml.safe_load((task.directory / "recipe.yaml").read_text())
+        assert (recipe_of_run["objective"]["name"], recipe_of_run["seed"]) == (arm, seed)
+    assert len({json.dumps(task.lines()) for task in array.tasks}) == 4
+    assert len(array.status.splitlines()) == 8
+
+
+def test_where_jobs_may_not_requeue_a_run_goes_on_as_another_and_the_comparison_waits_for_that(array: Array):
+    first, second = array.tasks[0], array.tasks[1]
+    assert second.job.split("_")[0] != first.job.split("_")[0]
+    assert second.events() == ["started", "stopped", "started", "done"]
+    assert f"goes on as job {second.job}" in second.log(0)
+    assert array.dependency.startswith(f"afterany:{first.job.split('_')[0]}_")
+    assert job_details(array.comparison)["Dependency"] == "(null)"
+    said = (array.output / f"slurm/compare_{array.comparison}.log").read_text()
+    directories = " ".join(str(task.directory) for task in array.tasks)
+    assert f"megatron-gspo compare {directories} --output {array.output}/compare.html" in said
+    assert job_details(array.comparison)["JobState"] == "COMPLETED", said
+    assert "<html" in (array.output / "compare.html").read_text()
+
+
+def test_ranks_sample_from_a_server_on_a_node_of_its_own(served: Served):
+    # Cancelled in step 2, it finished that step, for which it needs the server, and saved.
+    assert [line["step"] for line in served.run.lines()] == [0, 1, 2]
+    assert all(line["mismatch/log_prob_abs_mean"] < 1e-4 for line in served.run.lines()[1:])
+    assert served.run.newest_checkpoint() == 2
+    assert served.run.events() == ["started", "ended"]
+    assert "1 nodes (of node[1-2]), 1 ranks each" in served.run.log()
+
+
+def test_a_jobs_servers_have_a_key_that_nobody_else_can_read_and_that_is_written_nowhere(served: Served):
+    assert served.directory_mode == 0o700
+    assert served.files["key"] == 0o600
+    assert "servers_0_of_1.json" in served.files
+    assert len(served.key) == 64
+    for file in (path for path in served.run.directory.rglob("*") if path.is_file()):
+        assert served.key.encode() not in file.read_bytes(), file
+    assert list((served.run.directory / "slurm/servers/machine_0").glob("server_0.log"))
+
+
+def test_ranks_whose_servers_cannot_start_do_not_wait_for_them(unserved: Submitted):
+    assert "$MEGATRON_GSPO_SGLANG_PYTHON is /nowhere/python, which cannot be run" in unserved.log()
+    assert unserved.events() == ["started", "refused"]
+    assert not (unserved.directory.parent / ".unserved.servers").exists()

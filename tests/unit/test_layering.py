@@ -27,7 +27,7 @@ ALLOWED = {
     "environment": {"platform", "types"},
     "training": MACHINE | set(SIBLINGS) | {"training", "environment"},
     "launch": set(),
-    "slurm": FOUNDATION | {"slurm"},
+    "slurm": FOUNDATION | {"memory", "slurm"},
     "doctor": {"platform", "environment", "types"},
 }
 # The training loop writes what reports read, and `status` reads the newest of it; nothing else is their business.

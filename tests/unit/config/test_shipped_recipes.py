@@ -86,7 +86,13 @@ def test_the_larger_cluster_recipe_differs_in_model_and_layout_alone() -> None:
     larger, smaller = shipped("qwen3_235b_a22b_gspo"), shipped("qwen3_30b_a3b_gspo")
     assert larger.parallel.world_size == 128
     assert larger.model.path.name == "qwen3_235b_a22b"
-    same = {"parallel": smaller.parallel, "model": larger.model.model_copy(update={"path": smaller.model.path})}
+    sizes = ("num_servers", "tensor_parallel")
+    servers = smaller.rollout.sglang.model_copy(update={name: getattr(larger.rollout.sglang, name) for name in sizes})
+    assert larger.rollout == smaller.rollout.model_copy(update={"sglang": servers})
+    slurm = smaller.slurm.model_copy(update={"nodes": 20, "rollout_nodes": 4})
+    assert larger.slurm == slurm
+    layout = {"parallel": smaller.parallel, "rollout": smaller.rollout, "slurm": smaller.slurm}
+    same = layout | {"model": larger.model.model_copy(update={"path": smaller.model.path})}
     assert larger.model_copy(update=same) == smaller
 
 

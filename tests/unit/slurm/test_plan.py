@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_gspo.slurm.arguments import Submission
+from megatron_gspo.cli import build_parser
+from megatron_gspo.slurm.arguments import Submission, read_submit
 from megatron_gspo.slurm.plan import make_plan
 from megatron_gspo.types import UserError
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+SGLANG = ("rollout.engine=sglang",)
+RUNNING = (
+    "rollout.sglang.urls=http://10.0.0.5:30000",
+    "rollout.sglang.key_file=key",
+    "rollout.sglang.weights_dir=weights",
+)
 
 
 def test_without_gpus_the_layouts_ranks_are_spread_over_the_nodes(submission: Callable[..., Submission]):
@@ -41,12 +51,62 @@ def test_arms_times_seeds_have_a_directory_each(recipe: Path, submission: Callab
     assert not any(tmp_path.iterdir())
 
 
+def test_servers_take_the_last_nodes_and_ranks_the_others(submission: Callable[..., Submission]):
+    plan = make_plan(submission(*SGLANG, "--nodes", 3, "--rollout-nodes", 1, "--gpus-per-node", 4))
+    assert (plan.ranks_per_node, plan.recipe.parallel.data) == (4, 8)
+    assert plan.remarks == (
+        "rollout.sglang.num_servers × tensor_parallel leaves 3 GPUs of each rollout node idle",
+        "8 GPUs hold 8 replicas: parallel.data is set to that",
+    )
+    full = (*SGLANG, "rollout.sglang.num_servers=4", "parallel.data=8")
+    assert make_plan(submission(*full, "--nodes", 3, "--rollout-nodes", 1, "--gpus-per-node", 4)).remarks == ()
+
+
+def test_servers_beside_the_ranks_take_no_nodes_from_them(submission: Callable[..., Submission]):
+    plan = make_plan(submission(*SGLANG, "parallel.data=4", "--nodes", 2))
+    assert (plan.ranks_per_node, plan.remarks) == (2, ())
+
+
+def test_what_will_not_fit_is_warned_of_where_the_gpus_memory_is_known(submission: Callable[..., Submission]):
+    def warnings(*arguments: object) -> list[str]:
+        remarks = make_plan(submission(*arguments, "--gpus-per-node", 1)).remarks
+        return [remark for remark in remarks if "WARNING" in remark]
+
+    assert warnings() == warnings("--gpu-memory-gib", 80) == []
+    (warning,) = warnings("--gpu-memory-gib", 2)
+    assert re.search(r"will not fit: the fullest rank takes 4\.\d GiB by estimate, and a GPU has 2\.", warning)
+    assert "tools/plan.py RECIPE --gpus 1 --gpus-per-node 1 --gpu-memory 2" in warning
+    # The same rank beside a server that keeps its share of the memory, and with the GPU to itself.
+    assert "leaves 1.0 to the rank" in warnings(*SGLANG, "rollout.sglang.memory_fraction=0.8", "--gpu-memory-gib", 5)[0]
+    assert warnings(*SGLANG, "--nodes", 2, "--rollout-nodes", 1, "--gpu-memory-gib", 5) == []
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("qwen3_*.yaml")))
+def test_the_cluster_recipes_can_be_submitted_as_they_are_but_for_their_data(name: str, tmp_path: Path):
+    words = ["submit", str(RECIPES / name), "data.train=arithmetic_chain", "data.eval=null", "--output-dir"]
+    plan = make_plan(read_submit(build_parser().parse_args([*words, str(tmp_path / "run")])))
+    assert plan.ranks_per_node == 8
+    assert plan.remarks == ()
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("parallel.data=4", "--nodes", 3), "slurm.nodes is 3; accepted: a divisor of the layout's 4 ranks"),
         (("parallel.tensor=2", "--gpus-per-node", 3), "1 × 3 = 3 ranks; accepted: a multiple of parallel.tensor"),
-        (("rollout.engine=sglang",), "submit starts no SGLang servers"),
+        (("--nodes", 2, "--rollout-nodes", 1), "slurm.rollout_nodes is 1, but rollout.engine is local; accepted: 0"),
+        (
+            (*SGLANG, "--nodes", 2, "--rollout-nodes", 2),
+            "slurm.rollout_nodes is 2; accepted: less than slurm.nodes (2)",
+        ),
+        (
+            (*SGLANG, *RUNNING, "--nodes", 2, "--rollout-nodes", 1),
+            "slurm.rollout_nodes is 1, but rollout.sglang.urls is given; accepted: 0",
+        ),
+        (
+            (*SGLANG, "rollout.sglang.tensor_parallel=4", "rollout.sglang.first_gpu=1", "--gpus-per-node", 4),
+            "is 1 × 4 from 1; accepted: what a node of 4 GPUs holds",
+        ),
         (("data.train=missing.jsonl",), "which is not a file"),
         (("slurm.partition=two words",), "slurm.partition is the text 'two words'; accepted: one word"),
         (("slurm.time=4", "slurm.save_before_limit_s=240"), "accepted: less than the time limit, 240 s"),

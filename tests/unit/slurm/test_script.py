@@ -30,18 +30,26 @@ def script(submission: Callable[..., Submission], tmp_path: Path) -> Callable[..
     return lambda *arguments: train_script(make_plan(submission(*arguments)), tmp_path / "runs")
 
 
-def test_only_the_two_blocks_differ_from_the_file_in_slurm(script: Callable[..., str]):
+def test_only_the_two_blocks_differ_from_the_file_in_slurm(
+    script: Callable[..., str], submission: Callable[..., Submission], tmp_path: Path
+):
     def outside_the_blocks(text: str) -> list[str]:
         for name in ("options", "variables"):
             before, _, rest = text.partition(f"# >>> {name}")
             text = before + rest.partition(f"# <<< {name}")[2]
         return text.splitlines()
 
-    template = (TEMPLATES / "train.sbatch").read_text()
-    assert outside_the_blocks(script("--nodes", 1)) == outside_the_blocks(template)
-    names = {line.split("=")[0] for line in template.partition("# >>> variables\n")[2].split("# <<<")[0].splitlines()}
-    filled = {line.split("=")[0] for line in script().partition("# >>> variables\n")[2].split("# <<<")[0].splitlines()}
-    assert names == filled
+    def names(text: str) -> set[str]:
+        return {line.split("=")[0] for line in text.partition("# >>> variables\n")[2].split("# <<<")[0].splitlines()}
+
+    filled = {
+        "train.sbatch": script("--nodes", 1),
+        "compare.sbatch": compare_script(make_plan(submission("--seeds", "1,2")), tmp_path / "runs"),
+    }
+    for name, text in filled.items():
+        template = (TEMPLATES / name).read_text()
+        assert outside_the_blocks(text) == outside_the_blocks(template)
+        assert names(text) == names(template)
 
 
 @pytest.mark.parametrize("name", ["train.sbatch", "compare.sbatch"])
@@ -100,6 +108,19 @@ def test_pyxis_runs_every_task_in_the_image_and_shows_it_what_the_run_reads_and_
     assert workdir == f"--container-workdir={Path.cwd()}"
     assert words_of(text, "python") == ["python3"]
     assert words_of(text, "container") == []
+
+
+def test_servers_are_on_nodes_of_their_own_or_beside_the_ranks(script: Callable[..., str], tmp_path: Path):
+    def roles(*arguments: object) -> tuple[list[str], list[str]]:
+        text = script(*arguments)
+        return words_of(text, "servers"), words_of(text, "rollout_nodes")
+
+    sglang = ("rollout.engine=sglang", "parallel.data=4")
+    assert roles() == (["no"], ["0"])
+    assert roles(*sglang, "--nodes", 2) == (["yes"], ["0"])
+    assert roles(*sglang, "--nodes", 3, "--rollout-nodes", 1) == (["yes"], ["1"])
+    mounts = words_of(script(*sglang, "--container", "image"), "srun_options")[1]
+    assert f"{tmp_path}/.runs.servers:{tmp_path}/.runs.servers" in mounts
 
 
 def test_apptainer_is_put_before_the_program(script: Callable[..., str]):
