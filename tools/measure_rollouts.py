@@ -109,6 +109,7 @@ def write_recipe(directory: Path, arguments: argparse.Namespace) -> Recipe:
         "model": {"path": str(model), "dtype": "float32"},
         "data": {"train": "arithmetic_chain"},
         "rollout": rollout,
+        "training": {"steps": 1, "prompts_per_step": 4},
     }
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return load_recipe(directory / "recipe.yaml", [])

@@ -27,6 +27,12 @@ def check_sampling(recipe: Recipe) -> Iterator[Refusal]:
         )
     if recipe.environment.name is not None and recipe.rollout.one_step_ahead:
         yield not_accepted("rollout.one_step_ahead", True, f"false under environment.name: {recipe.environment.name}")
+    if recipe.rollout.sglang.release_memory and recipe.rollout.one_step_ahead:
+        yield not_accepted(
+            "rollout.one_step_ahead",
+            True,
+            "false under rollout.sglang.release_memory: true, where servers have no memory while the policy is trained",
+        )
     buffer, longest = recipe.reward.overlong_buffer_tokens, recipe.max_sampled_tokens
     if buffer > longest:
         yield not_accepted(

@@ -68,10 +68,26 @@ class SglangHttp:
         """What the server at `url` answers to a GET, or to a POST of `body`.
 
         Raises:
-            ServerFaultError: refused or broken connection, silence (SilentServerError), status 429 or above 499, or an answer that is not JSON.
+            ServerFaultError: refused or broken connection, silence (SilentServerError), status 429 or above 499, or an
+                answer that is not JSON.
             RequestRefusedError: any other status that is not 200.
             UserError: the server does not take the key.
         """
+        response = await self._request(url, endpoint, body)
+        if not response.content:
+            return None  # the health endpoint says all by its status
+        try:
+            return response.json()
+        except ValueError as error:
+            raise ServerFaultError(
+                f"{url}{endpoint} answered what is not JSON: {response.text[:SHOWN_CHARACTERS]}"
+            ) from error
+
+    async def tell(self, url: str, endpoint: str, body: dict[str, Any]) -> None:
+        """POST `body` to an endpoint that answers in words, of which the status says all. Raises what `ask` does."""
+        await self._request(url, endpoint, body)
+
+    async def _request(self, url: str, endpoint: str, body: dict[str, Any] | None) -> httpx.Response:
         assert self._client is not None, "requests are made inside open()"
         try:
             if body is None:
@@ -92,14 +108,7 @@ class SglangHttp:
             raise ServerFaultError(said)
         if status != httpx.codes.OK:
             raise RequestRefusedError(said)
-        if not response.content or response.headers.get("content-type", "").startswith("text/plain"):
-            return None  # these endpoints say all by their status
-        try:
-            return response.json()
-        except ValueError as error:
-            raise ServerFaultError(
-                f"{url}{endpoint} answered what is not JSON: {response.text[:SHOWN_CHARACTERS]}"
-            ) from error
+        return response
 
 
 async def weight_label(http: SglangHttp, url: str) -> object:

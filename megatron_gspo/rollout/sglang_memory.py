@@ -19,7 +19,7 @@ async def release(http: SglangHttp, url: str, label: str) -> None:
 
     SGLang 0.5.21 ends when it is asked for this with requests under way, so it is first waited for.
     """
-    await http.ask(url, f"/flush_cache?timeout={REST_TIMEOUT_S}", {})
+    await http.tell(url, f"/flush_cache?timeout={REST_TIMEOUT_S}", {})
     await http.ask(url, "/update_weight_version", {"new_version": label + RELEASED, "abort_all_requests": False})
     await http.ask(url, "/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
 

@@ -151,7 +151,7 @@ class ServerGroup:
     async def _end(self, url: str, label: str) -> None:
         """Finish an update."""
         await self._http.ask(url, "/end_weight_update", {})
-        await self._http.ask(url, f"/flush_cache?timeout={self._timeout_s:g}", {})
+        await self._http.tell(url, f"/flush_cache?timeout={self._timeout_s:g}", {})
         await self._name(url, label)
 
     async def _name(self, url: str, label: str) -> None:

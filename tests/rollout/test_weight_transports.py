@@ -115,16 +115,16 @@ def test_memory_is_released_between_the_last_response_and_the_next_weights(
     transport: str, recipe: Recipe, host: ServerHost, monkeypatch: pytest.MonkeyPatch
 ):
     asked: list[tuple[str, object]] = []
-    ask = SglangHttp.ask
+    request = SglangHttp._request
 
-    async def noted(self: SglangHttp, url: str, endpoint: str, body: dict[str, object] | None = None) -> object:
+    async def noted(self: SglangHttp, url: str, endpoint: str, body: dict[str, object] | None) -> httpx.Response:
         if url == host.connection.urls[0] and body is not None and endpoint != "/generate":
             asked.append((endpoint.partition("?")[0], body.get("tags")))
-        return await ask(self, url, endpoint, body)
+        return await request(self, url, endpoint, body)
 
     with engine_by(transport, recipe, host, release_memory=True) as engine:
         engine.update_weights(weights_of(policy(recipe, seed=1)), version=1)
-        monkeypatch.setattr(SglangHttp, "ask", noted)
+        monkeypatch.setattr(SglangHttp, "_request", noted)
         engine.release_memory()
         with pytest.raises(RuntimeError, match="no weights"):
             engine.generate(PROMPTS, 1, SETTINGS)

@@ -183,6 +183,10 @@ def test_a_missing_field_is_named_with_what_it_is(recipe_file: Write, refusal: R
             ["rollout.close_at_fraction is 0.5", "1 under environment.name: calculator"],
         ),
         (
+            ["rollout.engine=sglang", "rollout.sglang.release_memory=true", "rollout.one_step_ahead=true"],
+            ["rollout.one_step_ahead is true", "false under rollout.sglang.release_memory: true"],
+        ),
+        (
             ["reward.overlong_buffer_tokens=65", "rollout.max_response_tokens=64"],
             ["reward.overlong_buffer_tokens is 65", "at most the 64 tokens of the longest response"],
         ),
