@@ -43,11 +43,11 @@ LEARNING_RATES = (2e-4, 4e-4, 8e-4, 1.2e-3, 1.7e-3, 2.4e-3)
 
 #: The clip ranges of the controls: GSPO's times, and GRPO's over, √14. Over the 14 tokens of a response a mean of
 #: independent log-ratios is √14 times narrower than one of them: at these ranges each objective clips like the other.
-TIGHT_RANGE = {"objective.clip_low": 1.1e-3, "objective.clip_high": 1.5e-3}
-WIDE_RANGE = {"objective.clip_low": 0.053, "objective.clip_high": 0.072}
+TIGHT_RANGE: Mapping[str, object] = {"objective.clip_low": 1.1e-3, "objective.clip_high": 1.5e-3}
+WIDE_RANGE: Mapping[str, object] = {"objective.clip_low": 0.053, "objective.clip_high": 0.072}
 
 #: bfloat16 rounds a log-prob of this policy by some hundredths; GSPO's range made wide enough for that.
-MISMATCH_RANGE = {"objective.clip_low": 0.03, "objective.clip_high": 0.04}
+MISMATCH_RANGE: Mapping[str, object] = {"objective.clip_low": 0.03, "objective.clip_high": 0.04}
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,12 @@ class Arm:
     overrides: Mapping[str, object]
 
 
-def _arm(name: str, title: str, objective: str, replay: str = "off", **more: object) -> Arm:
-    overrides = {"objective.name": objective, "routing.replay": replay}
-    return Arm(name, title, overrides | {key.replace("__", "."): value for key, value in more.items()})
+def _arm(name: str, title: str, objective: str, replay: str = "off", more: Mapping[str, object] | None = None) -> Arm:
+    return Arm(name, title, {"objective.name": objective, "routing.replay": replay, **(more or {})})
 
 
-_BF16 = {"rollout__dtype": "bfloat16"}
-_ENGINE = _BF16 | {"rollout__old_log_probs": "engine"}
+_BF16 = {"rollout.dtype": "bfloat16"}
+_ENGINE = {**_BF16, "rollout.old_log_probs": "engine"}
 ARMS = {
     arm.name: arm
     for arm in (
@@ -100,18 +99,15 @@ ARMS = {
         _arm("grpo_r2", "GRPO + R2", "grpo", "r2"),
         _arm("grpo_r3", "GRPO + R3", "grpo", "r3"),
         _arm("gspo_r2", "GSPO + R2", "gspo", "r2"),
-        replace(_arm("grpo_tight", "GRPO, tight clip", "grpo"), overrides={"objective.name": "grpo"} | TIGHT_RANGE),
-        replace(_arm("gspo_wide", "GSPO, wide clip", "gspo"), overrides={"objective.name": "gspo"} | WIDE_RANGE),
-        _arm("gspo_bf16", "GSPO, trainer's likelihoods", "gspo", **_BF16),
-        _arm("gspo_engine", "GSPO, engine's likelihoods", "gspo", **_ENGINE),
-        _arm("grpo_bf16", "GRPO, trainer's likelihoods", "grpo", **_BF16),
-        _arm("grpo_engine", "GRPO, engine's likelihoods", "grpo", **_ENGINE),
-        _arm("gspo_engine_wide", "GSPO, engine's likelihoods, wider clip", "gspo", **_ENGINE),
+        _arm("grpo_tight", "GRPO, tight clip", "grpo", more=TIGHT_RANGE),
+        _arm("gspo_wide", "GSPO, wide clip", "gspo", more=WIDE_RANGE),
+        _arm("gspo_bf16", "GSPO, trainer's likelihoods", "gspo", more=_BF16),
+        _arm("gspo_engine", "GSPO, engine's likelihoods", "gspo", more=_ENGINE),
+        _arm("gspo_engine_wide", "GSPO, engine's likelihoods, wider clip", "gspo", more={**_ENGINE, **MISMATCH_RANGE}),
+        _arm("grpo_bf16", "GRPO, trainer's likelihoods", "grpo", more=_BF16),
+        _arm("grpo_engine", "GRPO, engine's likelihoods", "grpo", more=_ENGINE),
     )
 }
-ARMS["gspo_engine_wide"] = replace(
-    ARMS["gspo_engine_wide"], overrides={**ARMS["gspo_engine_wide"].overrides, **MISMATCH_RANGE}
-)
 
 CORE = ("gspo", "grpo", "grpo_r2", "grpo_r3", "gspo_r2")
 Replicate = tuple[int, int]  # seed, cold start
@@ -149,14 +145,14 @@ def _tuning() -> tuple[Replicate, ...]:
 OFF_POLICY = {"training.mini_batches": 16, "training.warmup_updates": 64}
 
 FULL = (
-    Experiment("common", "Common learning rate", ("1", "2", "3", "4", "5"), CORE, _paired(), waves=(5, 0, 0, 5)),
+    Experiment("common", "Common learning rate", ("1", "2", "3", "4", "5"), CORE, _paired(), waves=(5, 0, 0, 0, 5)),
     Experiment(
         "engine",
         "bfloat16 engine",
         ("6",),
         ("gspo_bf16", "gspo_engine", "grpo_bf16", "grpo_engine", "gspo_engine_wide"),
         _paired(),
-        waves=(5, 0, 0, 5),
+        waves=(0, 5, 0, 0, 5),
     ),
     Experiment(
         "depth",
@@ -165,7 +161,7 @@ FULL = (
         ("grpo",),
         ((1, 1), (2, 2), (3, 1), (4, 2)),
         models=("moe_2", "moe_4", "moe_16"),
-        waves=(2, 0, 0, 2),
+        waves=(0, 2, 0, 0, 2),
     ),
     Experiment(
         "sweep",
@@ -174,12 +170,14 @@ FULL = (
         CORE,
         _tuning(),
         learning_rates=LEARNING_RATES,
-        waves=(0, 0, 2),
+        waves=(0, 0, 0, 2),
     ),
     Experiment(
-        "best", "Each arm's best learning rate", ("1", "3"), CORE, _paired(), learning_rates=(), waves=(0, 0, 0, 10)
+        "best", "Each arm's best learning rate", ("1", "3"), CORE, _paired(), learning_rates=(), waves=(0, 0, 0, 0, 10)
     ),
-    Experiment("clip", "Clip range controls", ("1", "2"), ("grpo_tight", "gspo_wide"), _paired(), waves=(0, 0, 3, 7)),
+    Experiment(
+        "clip", "Clip range controls", ("1", "2"), ("grpo_tight", "gspo_wide"), _paired(), waves=(0, 0, 0, 3, 7)
+    ),
     Experiment(
         "off_policy",
         "16 updates a step",
@@ -189,7 +187,7 @@ FULL = (
         overrides=OFF_POLICY,
         variant="16_updates",
         cost=1.9,
-        waves=(0, 5),
+        waves=(0, 0, 5),
     ),
     Experiment(
         "dense",
@@ -199,7 +197,7 @@ FULL = (
         _tuning(),
         models=("dense_8",),
         learning_rates=LEARNING_RATES,
-        waves=(0, 0, 0, 2),
+        waves=(0, 0, 0, 0, 2),
     ),
 )
 
