@@ -2,6 +2,7 @@
 
     study.py       what is run: models, arms, experiments; decided before any result
     claims.py      what is asked, and the rule by which each answer is given; decided before any result
+    answers.py, reward_rules.py, routing_rules.py   the rules
     plan.py        the runs, in order, with what they cost
     models.py      the models' directories
     worker.py      one run in a process of its own, forked from one that has imported the program

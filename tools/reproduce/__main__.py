@@ -52,7 +52,7 @@ def _reproduce(parsed: argparse.Namespace) -> int:
 
     experiments = chosen(QUICK if parsed.quick else FULL, parsed.only)
     output = (parsed.output or Path("runs/study_quick" if parsed.quick else "runs/study")).resolve()
-    jobs = parsed.jobs or min(2, os.cpu_count() or 1)
+    jobs = min(2, os.cpu_count() or 1) if parsed.jobs is None else parsed.jobs
     if jobs < 1:
         raise UserError(f"--jobs is {jobs}; accepted: 1 or more")
     schedule = Schedule(experiments, output, jobs, say=lambda text: print(f"reproduce: {text}", flush=True))

@@ -21,7 +21,8 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_gspo.report.comparison import compare
-from tools.reproduce.claims import CLAIMS, MARGIN, Answer, Verdict, shown
+from tools.reproduce.answers import MARGIN, Answer, shown
+from tools.reproduce.claims import CLAIMS
 from tools.reproduce.figures import draw_all
 from tools.reproduce.intervals import mean_of
 from tools.reproduce.measure import Outcome, Results, read_results
@@ -79,18 +80,17 @@ def write_results(experiments: Sequence[Experiment], output: Path, command: str,
 
 
 def _write_pages(results: Results, output: Path) -> list[Path]:
-    """A comparison page for each experiment: of the replicates that all of its arms have, so that arms pair up."""
+    """A comparison page for each experiment: of the replicates that all arms with runs have, so that arms pair up."""
     pages = []
     for name in COMPARED:
         experiment = results.experiments.get(name)
         if experiment is None:
             continue
-        arms = [results.of(name, arm) for arm in experiment.arms]
-        common = set.intersection(*(set(runs) for runs in arms))
+        arms = [runs for arm in experiment.arms if (runs := results.of(name, arm))]
+        common = set.intersection(*(set(runs) for runs in arms)) if len(arms) > 1 else set()
         paths = [runs[key].directory for runs in arms for key in sorted(common)]
-        if len(set(paths)) > 1:
-            page, _ = compare(paths, output / f"comparison_{name}.html")
-            del page
+        if paths:
+            compare(paths, output / f"comparison_{name}.html")
             pages.append(output / f"comparison_{name}.html")
     return pages
 
@@ -118,7 +118,7 @@ def _facts(results: Results) -> dict[str, Any]:
     return {
         "num_runs": len(outcomes),
         "num_planned": len(planned) + undecided,
-        "cpu_hours": sum(run.cpu_s for run in outcomes) / 3600,
+        "cpu_minutes": sum(run.cpu_s for run in outcomes) / 60,
         "median_cpu_s": float(np.median(typical)) if typical else None,
         "num_collapsed": sum(run.collapsed for run in outcomes),
         "python": sorted({str(one.get("python")) for one in environments}),
@@ -193,7 +193,7 @@ def _as_json(answers: dict[str, Answer]) -> dict[str, Any]:
 
     return {
         claim: {
-            "verdict": str(Verdict(answer.verdict)),
+            "verdict": str(answer.verdict),
             "sentence": answer.sentence,
             "estimates": {
                 label: {key: finite(value) for key, value in dataclasses.asdict(estimate).items()}

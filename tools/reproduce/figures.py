@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -17,10 +18,11 @@ from matplotlib.figure import Figure
 
 from megatron_gspo.report.figure import COLORS
 from megatron_gspo.report.statistics import bootstrap_band
-from tools.reproduce.claims import AFTER_ONE, MARGIN, Answer, change_by_depth
+from tools.reproduce.answers import MARGIN, Answer
 from tools.reproduce.intervals import mean_of
 from tools.reproduce.measure import Outcome, Results
-from tools.reproduce.study import ARMS, LEARNING_RATES, MODELS, STEPS
+from tools.reproduce.routing_rules import AFTER_ONE, change_by_depth
+from tools.reproduce.study import ARMS, LEARNING_RATES, MODELS
 
 DPI = 100
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
@@ -70,7 +72,7 @@ def _learning_curves(results: Results, answers: dict[str, Answer]) -> tuple[Figu
     for axis, name in zip(axes, names, strict=True):
         for index, (arm, runs) in enumerate(_arms_with_runs(results, name).items()):
             curves = np.stack([run.reward for run in runs])
-            _curve(axis, index, f"{ARMS[arm].title} ({len(runs)})", np.arange(1, STEPS + 1), curves)
+            _curve(axis, index, f"{ARMS[arm].title} ({len(runs)})", np.arange(1, curves.shape[1] + 1), curves)
         axis.set(title=results.experiments[name].title, xlabel="step", ylim=(0, 1))
         axis.legend(fontsize=7)
     axes[0].set_ylabel("mean reward of the step")
@@ -94,7 +96,7 @@ def _learning_rates(results: Results, answers: dict[str, Answer]) -> tuple[Figur
             for rate in rates:
                 points = [run.end_reward for run in by_rate[rate]]
                 axis.plot([rate * shift] * len(points), points, ".", color=COLORS[index], markersize=3)
-        start = np.mean([run.start for runs in _arms_with_runs(results, name).values() for run in runs])
+        start = float(np.mean([run.start for runs in _arms_with_runs(results, name).values() for run in runs]))
         axis.axhline(start, color="black", linewidth=0.8, linestyle=":")
         axis.text(LEARNING_RATES[0], start + 0.01, "where they started", fontsize=7)
         axis.set(title=results.experiments[name].title, xlabel="learning rate", xscale="log", ylim=(0, 1))
@@ -176,9 +178,9 @@ def _depth(results: Results, answers: dict[str, Answer]) -> tuple[Figure, Pictur
     left.set_xticks([2, 4, 8, 16], ["2", "4", "8", "16"])
     left.minorticks_off()
     left.legend(fontsize=7)
-    for index, (layers, profile) in enumerate(profiles.items()):
+    for index, (num_layers, profile) in enumerate(profiles.items()):
         numbers = np.arange(1, len(profile) + 1)
-        right.plot(numbers, profile, label=f"{layers} layers", markersize=4, **_look(index))
+        right.plot(numbers, profile, label=f"{num_layers} layers", markersize=4, **_look(index))
     right.set(xlabel="layer", ylabel="activated experts that change", title="by layer, after the step's four")
     right.legend(fontsize=7)
     caption = (
@@ -248,7 +250,7 @@ def _engine(results: Results, answers: dict[str, Answer]) -> tuple[Figure, Pictu
     figure, (left, right) = _panels(2)
     for index, (arm, runs) in enumerate(arms.items()):
         curves = np.stack([run.reward for run in runs])
-        _curve(left, index, f"{ARMS[arm].title} ({len(runs)})", np.arange(1, STEPS + 1), curves)
+        _curve(left, index, f"{ARMS[arm].title} ({len(runs)})", np.arange(1, curves.shape[1] + 1), curves)
         unit = "sequence" if arm.startswith("gspo") else "token"
         spread = np.mean([run.mean(f"mismatch/{unit}_log_std") for run in runs])
         width = np.mean([float(run.record.field("objective.clip_low")) for run in runs])
@@ -285,5 +287,5 @@ def _curve(axis: Axes, index: int, label: str, steps: np.ndarray, curves: np.nda
         axis.fill_between(steps, *band, color=COLORS[index], alpha=0.12, linewidth=0)
 
 
-def _look(index: int) -> dict[str, object]:
+def _look(index: int) -> dict[str, Any]:
     return {"color": COLORS[index], "linestyle": DASHES[index % len(DASHES)], "marker": MARKERS[index % len(MARKERS)]}

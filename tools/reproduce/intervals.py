@@ -84,5 +84,5 @@ def _bootstrap(
     """Middle 95% of `statistic` of groups [replicates, ...] drawn with replacement: [draws, replicates, ...] each."""
     rng = np.random.default_rng(0)
     draws = [group[rng.integers(len(group), size=(DRAWS, len(group)))] for group in groups]
-    low, high = np.percentile(statistic(draws), [TAIL_PERCENT, 100 - TAIL_PERCENT])
+    low, high = np.percentile(statistic(draws), [TAIL_PERCENT, 100 - TAIL_PERCENT], method="nearest")
     return float(low), float(high)

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_gspo.report.read import RunRecord, read_run
 from tools.reproduce.plan import BestRate, RunSpec, specs_of
-from tools.reproduce.study import STEPS, Experiment, Replicate
+from tools.reproduce.study import Experiment, Replicate
 
 END_SHARE = 0.25
 
@@ -37,9 +37,9 @@ class Outcome:
 
     @cached_property
     def reward(self) -> np.ndarray:
-        """Mean reward of each planned step, [STEPS]; 0 where the run had diverged before."""
+        """Mean reward of each planned step, [steps]; 0 where the run had diverged before."""
         series = self.record.series("reward/mean")
-        reward = np.zeros(STEPS)
+        reward = np.zeros(self.record.planned_steps)
         reward[series.steps - 1] = series.values
         return reward
 
@@ -51,7 +51,7 @@ class Outcome:
     @property
     def final_evaluation(self) -> float:
         """Held-out pass@1 after the last step; 0 where the run diverged."""
-        return self._evaluation(STEPS)
+        return self._evaluation(self.record.planned_steps)
 
     @property
     def mean_reward(self) -> float:
@@ -61,7 +61,7 @@ class Outcome:
     @property
     def end_reward(self) -> float:
         """Mean reward of the last quarter of the steps."""
-        return float(self.reward[-round(END_SHARE * STEPS) :].mean())
+        return float(self.reward[-max(1, round(END_SHARE * len(self.reward))) :].mean())
 
     @property
     def collapsed(self) -> bool:

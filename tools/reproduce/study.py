@@ -201,9 +201,9 @@ FULL = (
     ),
 )
 
-#: The first replicates of what can be answered with few runs; two cold starts, and models that are cheap to start.
+#: What can be answered with few runs: five replicates of three arms, and the shallow models, which are cheap to start.
 QUICK = (
-    replace(FULL[0], arms=("gspo", "grpo", "grpo_r2"), replicates=_paired()[:4], waves=(4,)),
-    replace(FULL[1], arms=("gspo_bf16", "gspo_engine"), replicates=_paired()[:2], waves=(2,)),
-    replace(FULL[2], models=("moe_2", "moe_4"), replicates=_paired()[:2], waves=(2,)),
+    replace(FULL[0], arms=("gspo", "grpo", "grpo_r2"), replicates=_paired()[:5]),
+    replace(FULL[1], arms=("gspo_bf16", "gspo_engine"), replicates=_paired()[:5]),
+    replace(FULL[2], models=("moe_2", "moe_4"), replicates=_paired()[:2]),
 )
