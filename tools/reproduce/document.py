@@ -67,11 +67,9 @@ def write_results(experiments: Sequence[Experiment], output: Path, command: str,
     (output / "RESULTS.md").write_text(text.strip() + "\n")
     (output / "results.json").write_text(json.dumps(_as_json(answers), indent=2, allow_nan=False) + "\n")
     if publish is not None:
-        publish.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(publish / "results", ignore_errors=True)
+        shutil.copytree(output / "results", publish / "results")
         shutil.copyfile(output / "RESULTS.md", publish / "RESULTS.md")
-        (publish / "results").mkdir(exist_ok=True)
-        for picture in pictures:
-            shutil.copyfile(output / "results" / picture.file, publish / "results" / picture.file)
     for claim in claims:
         print(f"{claim.id}  {claim.text}: {answers[claim.id].verdict.upper()}\n      {answers[claim.id].sentence}")
     for page in pages:

@@ -15,10 +15,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from megatron_gspo.report.figure import COLORS
 from megatron_gspo.report.statistics import bootstrap_band
-from tools.reproduce.answers import MARGIN, Answer
+from tools.reproduce.answers import MARGIN, Answer, Verdict
 from tools.reproduce.intervals import mean_of
 from tools.reproduce.measure import Outcome, Results
 from tools.reproduce.routing_rules import AFTER_ONE, change_by_depth
@@ -42,6 +43,8 @@ class Picture:
 def draw_all(results: Results, answers: dict[str, Answer], directory: Path) -> list[Picture]:
     """Draw every figure that the results allow."""
     directory.mkdir(parents=True, exist_ok=True)
+    for file in directory.glob("*.png"):
+        file.unlink()  # of an earlier analysis, which may have drawn what this one does not
     mpl.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
     makers: tuple[Callable[[Results, dict[str, Answer]], tuple[Figure, Picture] | None], ...] = (
         _learning_curves,
@@ -74,6 +77,7 @@ def _learning_curves(results: Results, answers: dict[str, Answer]) -> tuple[Figu
             curves = np.stack([run.reward for run in runs])
             _curve(axis, index, f"{ARMS[arm].title} ({len(runs)})", np.arange(1, curves.shape[1] + 1), curves)
         axis.set(title=results.experiments[name].title, xlabel="step", ylim=(0, 1))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(fontsize=7)
     axes[0].set_ylabel("mean reward of the step")
     caption = "Mean over replicates (their number in brackets), in a bootstrap band. Higher sooner is more efficient."
@@ -121,8 +125,9 @@ def _clip_fractions(results: Results, answers: dict[str, Answer]) -> tuple[Figur
         curves = np.stack([run.record.series("clip/token_fraction").values for run in arms[arm] if run.status == 0])
         steps = np.arange(1, curves.shape[1] + 1)
         axis.plot(steps, curves.mean(0), label=f"{ARMS[arm].title} ({len(curves)})", markersize=4, **_look(index))
-    axis.set(xlabel="step", ylabel="clipped tokens, share", yscale="symlog", ylim=(0, 1.1))
+    axis.set(xlabel="step", ylabel="clipped tokens, share", ylim=(0, 1.1))
     axis.set_yscale("symlog", linthresh=1e-4)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(fontsize=7)
     caption = (
         "Share of response tokens whose gradient the clip removed (Figure 2), mean over replicates; linear below 1e-4."
@@ -135,6 +140,7 @@ def _differences(results: Results, answers: dict[str, Answer]) -> tuple[Figure, 
     rows = [
         (f"{claim}  {label}", estimate)
         for claim, answer in answers.items()
+        if answer.verdict != Verdict.OPEN
         for label, estimate in answer.estimates.items()
         if " − " in label
     ]
@@ -175,13 +181,17 @@ def _depth(results: Results, answers: dict[str, Answer]) -> tuple[Figure, Pictur
     left.axhspan(0.05, 0.20, color="0.9")
     left.text(2, 0.1, "the paper's “about 10%”, 48 layers", fontsize=7)
     left.set(xlabel="MoE layers", ylabel="activated experts that change", xscale="log", yscale="log")
+    left.set(xlim=(1.6, 20), ylim=(1e-3, 0.4))
     left.set_xticks([2, 4, 8, 16], ["2", "4", "8", "16"])
+    left.set_yticks([0.001, 0.003, 0.01, 0.03, 0.1, 0.3], ["0.1%", "0.3%", "1%", "3%", "10%", "30%"])
     left.minorticks_off()
     left.legend(fontsize=7)
     for index, (num_layers, profile) in enumerate(profiles.items()):
         numbers = np.arange(1, len(profile) + 1)
         right.plot(numbers, profile, label=f"{num_layers} layers", markersize=4, **_look(index))
-    right.set(xlabel="layer", ylabel="activated experts that change", title="by layer, after the step's four")
+    right.set(xlabel="layer", title="by layer, after the step's four")
+    right.yaxis.set_major_formatter(PercentFormatter(1.0))
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.legend(fontsize=7)
     caption = (
         "Left: change rate of GRPO at the common learning rate, mean and interval over replicates. Right: the same by "
@@ -234,7 +244,8 @@ def _decomposition(results: Results, answers: dict[str, Answer]) -> tuple[Figure
     right.barh(range(len(spreads)), [mean.value for mean in means], color=[color for _, color in spreads.values()])
     right.set_yticks(range(len(spreads)), list(spreads), fontsize=8)
     right.invert_yaxis()
-    right.set(xlabel="standard deviation of the log-ratio", xscale="log")
+    right.set(xlabel="standard deviation of the log-ratio")
+    figure.subplots_adjust(wspace=0.55)
     caption = (
         "GRPO at the common learning rate, on the probe. Left: what moves a log-ratio (the three shares sum to 1). Right: "
         "how wide log-ratios are spread. Averaging independent tokens narrows the spread and leaves the shares."
@@ -257,6 +268,7 @@ def _engine(results: Results, answers: dict[str, Answer]) -> tuple[Figure, Pictu
         clipped = np.mean([run.mean("clip/token_fraction") for run in runs])
         right.plot(width / spread, clipped, MARKERS[index], color=COLORS[index], markersize=8)
     left.set(xlabel="step", ylabel="mean reward of the step", ylim=(0, 1))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=6)
     right.axvline(1, color="black", linewidth=0.8, linestyle=":")
     right.set(xscale="log", xlabel="lower clip range over the mismatch's spread", ylabel="clipped tokens, share")
