@@ -19,7 +19,7 @@ if __name__ == "__main__":
         "logging.tensorboard": "false",
     }
     common = study.Experiment(
-        "common", "Common learning rate", ("1", "2"), ("gspo", "grpo"), ((1, 1),), models=("moe_2",)
+        "common", "Common learning rate", ("1", "2"), ("gspo", "grpo_engine"), ((1, 1),), models=("moe_2",)
     )
     program.FULL = (common,)
     raise SystemExit(program.main(arguments))

@@ -60,10 +60,16 @@ def test_a_study_that_was_stopped_goes_on_runs_nothing_twice_and_answers(tmp_pat
     notes = [json.loads(file.read_text()) for file in output.glob("runs/*/*/*/finished.json")]
     assert [note["status"] for note in notes] == [0, 0]
     assert any(note["resumed"] for note in notes)
+    mismatch = {}
     for file in output.glob("runs/*/*/*/metrics.jsonl"):
-        assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == list(range(13))
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(13))
+        mismatch[file.parts[-3].partition("_lr")[0]] = lines[-1]["mismatch/log_prob_abs_mean"]
+    # Float32 engines agree to round-off; one that samples in bfloat16 (`rollout.dtype`) does not.
+    assert mismatch["gspo"] < 1e-5
+    assert mismatch["grpo_engine"] > 1e-4
     text = (output / "RESULTS.md").read_text()
     assert "All 2 runs have ended." in text
-    assert "1 of 5 replicates" in text
+    assert "0 of 5 replicates" in text
     assert (output / "comparison_common.html").is_file()
     assert "[3/3]" in said

@@ -40,7 +40,8 @@ def test_the_results_say_what_ran_and_answer_every_part(tmp_path: Path, capsys: 
     assert "2 of 5 replicates" in text
     assert "bash tools/reproduce.sh --quick" in text
     assert str(tmp_path) not in text
-    for picture in ("learning_curves.png", "clip_fractions.png", "differences.png"):
+    assert "differences.png" not in text  # nothing is answered yet
+    for picture in ("learning_curves.png", "clip_fractions.png", "decomposition.png"):
         assert f"(results/{picture})" in text
         assert (tmp_path / "docs" / "results" / picture).read_bytes().startswith(b"\x89PNG")
     answers = json.loads((tmp_path / "study" / "results.json").read_text())
