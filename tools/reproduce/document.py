@@ -112,7 +112,9 @@ def _facts(results: Results) -> dict[str, Any]:
         if name.startswith("moe_8/") and "16_updates" not in name and not run.resumed
     ]
     environments = [run.record.environment for run in outcomes]
-    starts = {(name.split("/")[0], int(name.rpartition("_")[2])): run.start for name, run in results.outcomes.items()}
+    starts: dict[tuple[str, int], list[float]] = {}
+    for name, run in results.outcomes.items():
+        starts.setdefault((name.partition("/")[0], int(name.rpartition("_")[2])), []).append(run.start)
     return {
         "num_runs": len(outcomes),
         "num_planned": len(planned) + undecided,
@@ -122,7 +124,7 @@ def _facts(results: Results) -> dict[str, Any]:
         "python": sorted({str(one.get("python")) for one in environments}),
         "packages": dict(environments[0]["packages"]) if environments else {},
         "commits": sorted({str(one.get("git_commit"))[:12] for one in environments}),
-        "starts": [(*key, start) for key, start in sorted(starts.items())],
+        "starts": [(*key, float(np.mean(found))) for key, found in sorted(starts.items())],
         "models": MODELS,
         "cold_starts": COLD_STARTS,
     }

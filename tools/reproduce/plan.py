@@ -14,6 +14,7 @@ from tools.reproduce.study import (
     ARMS,
     BASE,
     MODELS,
+    QUICK,
     RECIPE,
     Experiment,
     Replicate,
@@ -99,17 +100,13 @@ def _of_replicate(experiment: Experiment, index: int, best_rate: BestRate) -> It
 
 
 def make_plan(experiments: Sequence[Experiment], output: Path, best_rate: BestRate) -> Plan:
-    """Every task, each run once whatever number of experiments it is of, cold starts before the first run they serve."""
-    ordered: dict[str, RunSpec] = {}
-    for wave in range(max(len(experiment.waves) for experiment in experiments)):
-        for index in range(max(len(experiment.replicates) for experiment in experiments)):
-            for experiment in experiments:
-                if _wave_of(experiment, index) == wave and index < len(experiment.replicates):
-                    ordered |= {
-                        spec.name: spec
-                        for spec in _of_replicate(experiment, index, best_rate)
-                        if spec.name not in ordered
-                    }
+    """Every task, each run once whatever number of experiments it is of, cold starts before the first run they serve.
+
+    What the quick form runs comes first, then wave by wave, and in each replicate by replicate.
+    """
+    ordered = {spec.name: spec for spec in _by_wave(experiments, best_rate)}
+    quick = [spec.name for spec in _by_wave(QUICK, best_rate) if spec.name in ordered]
+    ordered = {name: ordered[name] for name in dict.fromkeys([*quick, *ordered])}
     tasks: dict[str, Task] = {}
     for spec in ordered.values():
         cold_start = _cold_start_task(spec.model, spec.cold_start, output)
@@ -123,6 +120,15 @@ def make_plan(experiments: Sequence[Experiment], output: Path, best_rate: BestRa
         if best_rate(arm) is None
     ]
     return Plan(list(tasks.values()), sum(unknown) * RUN_CPU_S, sum(unknown))
+
+
+def _by_wave(experiments: Sequence[Experiment], best_rate: BestRate) -> Iterator[RunSpec]:
+    """Runs of experiments, the first replicates of all before the second ones of any; a run may come twice."""
+    for wave in range(max(len(experiment.waves) for experiment in experiments)):
+        for index in range(max(len(experiment.replicates) for experiment in experiments)):
+            for experiment in experiments:
+                if index < len(experiment.replicates) and _wave_of(experiment, index) == wave:
+                    yield from _of_replicate(experiment, index, best_rate)
 
 
 def _wave_of(experiment: Experiment, index: int) -> int:

@@ -152,7 +152,7 @@ FULL = (
         ("6",),
         ("gspo_bf16", "gspo_engine", "grpo_bf16", "grpo_engine", "gspo_engine_wide"),
         _paired(),
-        waves=(0, 5, 0, 0, 5),
+        waves=(0, 0, 5, 0, 5),
     ),
     Experiment(
         "depth",
@@ -203,7 +203,7 @@ FULL = (
 
 #: What can be answered with few runs: five replicates of three arms, and the shallow models, which are cheap to start.
 QUICK = (
-    replace(FULL[0], arms=("gspo", "grpo", "grpo_r2"), replicates=_paired()[:5]),
-    replace(FULL[1], arms=("gspo_bf16", "gspo_engine"), replicates=_paired()[:5]),
-    replace(FULL[2], models=("moe_2", "moe_4"), replicates=_paired()[:2]),
+    replace(FULL[0], arms=("gspo", "grpo", "grpo_r2"), replicates=_paired()[:5], waves=(5,)),
+    replace(FULL[1], arms=("gspo_bf16", "gspo_engine"), replicates=_paired()[:5], waves=(0, 5)),
+    replace(FULL[2], models=("moe_2", "moe_4"), replicates=_paired()[:2], waves=(0, 0, 2)),
 )

@@ -46,14 +46,28 @@ def test_a_run_is_planned_once_and_after_its_cold_start():
 
 
 def test_every_beginning_of_the_plan_has_all_arms_of_a_comparison_alike():
-    counts = Counter()
-    common = next(experiment for experiment in FULL if experiment.name == "common")
-    names = {spec.name for spec in specs_of(common, no_rate)}
-    for task in plan().tasks:
-        if task.name in names:
-            counts[task.spec.arm] += 1
-            assert max(counts.values()) - min(counts[arm] for arm in CORE) <= 1
-    assert set(counts.values()) == {10}
+    quick = {spec.name for experiment in QUICK for spec in specs_of(experiment, no_rate)}
+    order = [task.name for task in plan().tasks]
+    for experiment in (*QUICK, *FULL):
+        specs = {spec.name: spec for spec in specs_of(experiment, no_rate)}
+        if experiment in FULL:
+            specs = {name: spec for name, spec in specs.items() if name not in quick}
+        seen = {}
+        for spec in (specs[name] for name in order if name in specs):
+            arms = seen.setdefault(spec.replicate, set())
+            arms.add(spec.arm)
+            unfinished = [
+                key
+                for key, found in seen.items()
+                if found < {one.arm for one in specs.values() if one.replicate == key}
+            ]
+            assert len(unfinished) <= 1, experiment.name
+        assert seen or not experiment.learning_rates
+
+
+def test_what_the_quick_form_runs_comes_first():
+    quick = {task.name for task in plan(QUICK).tasks}
+    assert {task.name for task in plan().tasks[: len(quick)]} == quick
 
 
 def test_comparisons_of_reward_have_five_seeds_and_two_cold_starts_first():
