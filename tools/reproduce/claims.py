@@ -155,6 +155,14 @@ CLAIMS = (
         collapses_later(("dense", "grpo"), ("sweep", "grpo")),
     ),
     Claim(
+        "3f",
+        "GRPO needs R3 where the engine routes tokens otherwise (bfloat16)",
+        "control",
+        f"end reward with a bfloat16 engine, GRPO + R3 − GRPO. {_AHEAD}",
+        ("engine",),
+        is_ahead("engine", "grpo_bf16_r3", "grpo_bf16", end_reward),
+    ),
+    Claim(
         "4a",
         "About 10% of the activated experts change after one update",
         "§5.3",

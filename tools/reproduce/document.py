@@ -58,6 +58,7 @@ def write_results(experiments: Sequence[Experiment], output: Path, command: str,
         titles={number: title for number, title in TITLES.items() if number in numbers},
         pictures=pictures,
         facts=_facts(results),
+        r3=_r3_beside_r2(results),
         arms=[_arms_table(results, experiment) for experiment in experiments if results.num_runs(experiment.name)],
         sweeps=[_sweep_table(results, name) for name in ("sweep", "dense") if results.num_runs(name)],
         shown=shown,
@@ -128,6 +129,13 @@ def _facts(results: Results) -> dict[str, Any]:
         "models": MODELS,
         "cold_starts": COLD_STARTS,
     }
+
+
+def _r3_beside_r2(results: Results) -> tuple[int, int]:
+    """Of the pairs of R3 and R2 with a float32 engine: how many have equal rewards in every step, and how many there are."""
+    r2, r3 = results.of("common", "grpo_r2"), results.of("r3", "grpo_r3")
+    equal = [np.array_equal(r2[key].reward, r3[key].reward) for key in r3 if key in r2]
+    return sum(equal), len(equal)
 
 
 def _arms_table(results: Results, experiment: Experiment) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from tools.reproduce.study import (
 )
 
 #: CPU seconds (user + system) of a run and of a cold start of the 8-layer model, of one thread: medians of this study's own.
-RUN_CPU_S = 28.0
-COLD_START_CPU_S = 75.0
+RUN_CPU_S = 34.0
+COLD_START_CPU_S = 85.0
 
 BestRate = Callable[[str], float | None]
 """An arm's best learning rate in the sweep; None while that is not known."""

@@ -106,10 +106,11 @@ ARMS = {
         _arm("gspo_engine_wide", "GSPO, engine's likelihoods, wider clip", "gspo", more={**_ENGINE, **MISMATCH_RANGE}),
         _arm("grpo_bf16", "GRPO, trainer's likelihoods", "grpo", more=_BF16),
         _arm("grpo_engine", "GRPO, engine's likelihoods", "grpo", more=_ENGINE),
+        _arm("grpo_bf16_r3", "GRPO + R3, trainer's likelihoods", "grpo", "r3", more=_BF16),
     )
 }
 
-CORE = ("gspo", "grpo", "grpo_r2", "grpo_r3", "gspo_r2")
+CORE = ("gspo", "grpo", "grpo_r2", "gspo_r2")
 Replicate = tuple[int, int]  # seed, cold start
 
 
@@ -149,11 +150,13 @@ FULL = (
     Experiment(
         "engine",
         "bfloat16 engine",
-        ("6",),
-        ("gspo_bf16", "gspo_engine", "grpo_bf16", "grpo_engine", "gspo_engine_wide"),
+        ("3", "6"),
+        ("gspo_bf16", "gspo_engine", "grpo_bf16", "grpo_engine", "grpo_bf16_r3", "gspo_engine_wide"),
         _paired(),
         waves=(0, 0, 5, 0, 5),
     ),
+    # A float32 engine takes the trainer's own routes, so R3 replays what R2 does; where they differ is above.
+    Experiment("r3", "R3 with a float32 engine", ("3",), ("grpo_r3",), _paired()[:2], waves=(2,)),
     Experiment(
         "depth",
         "Depth",
@@ -205,5 +208,5 @@ FULL = (
 QUICK = (
     replace(FULL[0], arms=("gspo", "grpo", "grpo_r2"), replicates=_paired()[:5], waves=(5,)),
     replace(FULL[1], arms=("gspo_bf16", "gspo_engine"), replicates=_paired()[:5], waves=(0, 5)),
-    replace(FULL[2], models=("moe_2", "moe_4"), replicates=_paired()[:2], waves=(0, 0, 2)),
+    replace(FULL[3], models=("moe_2", "moe_4"), replicates=_paired()[:2], waves=(0, 0, 2)),
 )

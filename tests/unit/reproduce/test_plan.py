@@ -81,7 +81,7 @@ def test_comparisons_of_reward_have_five_seeds_and_two_cold_starts_first():
 def test_an_arm_whose_best_rate_is_the_common_one_is_not_run_again():
     unknown = plan()
     known = plan(best_rate=lambda arm: COMMON_RATE)
-    assert unknown.num_unknown == 50
+    assert unknown.num_unknown == 40
     assert known.num_unknown == 0
     assert [task.name for task in known.tasks] == [task.name for task in unknown.tasks]
 
