@@ -5,6 +5,7 @@ In: results. Out: answers. Every difference is paired by replicate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from tools.reproduce.answers import MARGIN, MIN_COLD_STARTS, Answer, Verdict, shown, too_few
 from tools.reproduce.intervals import Estimate, mean_of
 from tools.reproduce.measure import Outcome, Results, paired
+from tools.reproduce.plan import RUN_CPU_S
 from tools.reproduce.study import ARMS, LEARNING_RATES, Replicate
 
 #: pass@1 of a cold start: below, nothing is sampled that could be reinforced; above, there is no room.
@@ -42,46 +44,62 @@ def _reward_difference(
     return estimate, problem
 
 
+Judge = Callable[[Estimate], Verdict]
+
+
+def judge_ahead(difference: Estimate) -> Verdict:
+    """Not reproduced where the arm is for certain not ahead by `MARGIN`; else reproduced where it is ahead for certain."""
+    if difference.surely_below(MARGIN):
+        return Verdict.NOT_REPRODUCED
+    return Verdict.REPRODUCED if difference.surely_above(0.0) else Verdict.NOT_TESTABLE
+
+
+def judge_not_behind(difference: Estimate) -> Verdict:
+    """Reproduced where the arm is for certain not behind by `MARGIN`; else not where it is behind for certain."""
+    if difference.surely_above(-MARGIN):
+        return Verdict.REPRODUCED
+    return Verdict.NOT_REPRODUCED if difference.surely_below(0.0) else Verdict.NOT_TESTABLE
+
+
 def is_ahead(
     experiment: str, arm: str, baseline: str, value: Callable[[Outcome], float]
 ) -> Callable[[Results], Answer]:
-    """Not reproduced where the arm is for certain not ahead by `MARGIN`; else reproduced where it is ahead for certain."""
-
-    def answer(results: Results) -> Answer:
-        difference, problem = _reward_difference(results, experiment, arm, baseline, value)
-        label = f"{ARMS[arm].title} − {ARMS[baseline].title}"
-        if difference is None or problem is not None:
-            estimates = {label: difference} if difference is not None else {}
-            return Answer(Verdict.OPEN, problem or "no pair of runs has ended", estimates)
-        verdict = Verdict.NOT_TESTABLE
-        if difference.surely_below(MARGIN):
-            verdict = Verdict.NOT_REPRODUCED
-        elif difference.surely_above(0.0):
-            verdict = Verdict.REPRODUCED
-        return Answer(verdict, f"reward {label}: {shown(difference, signed=True)}", {label: difference})
-
-    return answer
+    """The rule that the arm is ahead of the baseline, in pairs."""
+    return _compared(experiment, arm, baseline, value, judge_ahead)
 
 
 def is_not_behind(
     experiment: str, arm: str, baseline: str, value: Callable[[Outcome], float]
 ) -> Callable[[Results], Answer]:
-    """Reproduced where the arm is for certain not behind by `MARGIN`; else not where it is behind for certain."""
+    """The rule that the arm is not behind the baseline, in pairs."""
+    return _compared(experiment, arm, baseline, value, judge_not_behind)
 
+
+def _compared(
+    experiment: str, arm: str, baseline: str, value: Callable[[Outcome], float], judge: Judge
+) -> Callable[[Results], Answer]:
     def answer(results: Results) -> Answer:
         difference, problem = _reward_difference(results, experiment, arm, baseline, value)
         label = f"{ARMS[arm].title} − {ARMS[baseline].title}"
         if difference is None or problem is not None:
             estimates = {label: difference} if difference is not None else {}
             return Answer(Verdict.OPEN, problem or "no pair of runs has ended", estimates)
-        verdict = Verdict.NOT_TESTABLE
-        if difference.surely_above(-MARGIN):
-            verdict = Verdict.REPRODUCED
-        elif difference.surely_below(0.0):
-            verdict = Verdict.NOT_REPRODUCED
-        return Answer(verdict, f"reward {label}: {shown(difference, signed=True)}", {label: difference})
+        verdict = judge(difference)
+        told = f"reward {label}: {shown(difference, signed=True)}"
+        if verdict == Verdict.NOT_TESTABLE:
+            told += f"; {what_it_would_take(difference)}"
+        return Answer(verdict, told, {label: difference})
 
     return answer
+
+
+def what_it_would_take(difference: Estimate) -> str:
+    """Replicates until the interval is as narrow as the margin, if it narrows as 1/√n, and the CPU time of their two arms."""
+    half = (difference.high - difference.low) / 2
+    if difference.student_low is not None and difference.student_high is not None:
+        half = max(half, (difference.student_high - difference.student_low) / 2)
+    needed = math.ceil(difference.count * (half / MARGIN) ** 2)
+    return f"some {needed} replicates ({2 * needed * RUN_CPU_S / 3600:.1f} hours of CPU) would bring it to ±{MARGIN}"
 
 
 def lowest_collapse(results: Results, experiment: str, arm: str) -> dict[Replicate, float]:
@@ -154,11 +172,6 @@ def engine_costs_grpo_more(results: Results) -> Answer:
     if problem is not None:
         return Answer(Verdict.OPEN, problem, {label: mean_of(contrast)} if contrast else {})
     difference = mean_of(contrast)
-    verdict = Verdict.NOT_TESTABLE
-    if difference.surely_below(MARGIN):
-        verdict = Verdict.NOT_REPRODUCED
-    elif difference.surely_above(0.0):
-        verdict = Verdict.REPRODUCED
     of_grpo = mean_of([c - d for c, d in zip(values[2], values[3], strict=True)])
     told = f"reward, {label}: {shown(difference, signed=True)}; GRPO alone: {shown(of_grpo, signed=True)}"
-    return Answer(verdict, told, {label: difference, "GRPO, engine's − trainer's": of_grpo})
+    return Answer(judge_ahead(difference), told, {label: difference, "GRPO, engine's − trainer's": of_grpo})

@@ -48,7 +48,9 @@ def test_an_interval_that_holds_both_0_and_an_advantage_says_nothing(study: Stud
         swing = 0.2 * (-1) ** spec.seed if spec.arm == "gspo" else 0.0
         return {"reward/mean": 0.6 + swing}
 
-    assert CLAIM["1b"].answer(study(make)).verdict == Verdict.NOT_TESTABLE
+    answer = CLAIM["1b"].answer(study(make))
+    assert answer.verdict == Verdict.NOT_TESTABLE
+    assert "replicates (" in answer.sentence  # how many would tell
 
 
 @pytest.mark.parametrize(
