@@ -7,7 +7,7 @@ In: `measure.Results`. Out: an answer a part (`answers.py`). Every interval is o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tools.reproduce.answers import MARGIN, Answer, Verdict
 from tools.reproduce.measure import Results
@@ -47,7 +47,10 @@ class Claim:
         absent = [name for name in self.experiments if name not in results.experiments]
         if absent:
             return Answer(Verdict.OPEN, "the full form of the study asks this")
-        return self.decide(results)
+        answer = self.decide(results)
+        if answer.verdict == Verdict.NOT_TESTABLE and not all(results.is_whole(name) for name in self.experiments):
+            return replace(answer, verdict=Verdict.OPEN, sentence=f"undecided so far: {answer.sentence}")
+        return answer
 
 
 _AHEAD = f"not reproduced: the interval lies below +{MARGIN}; else reproduced: it lies above 0; else not testable"

@@ -130,9 +130,11 @@ class Results:
         """An arm's runs by replicate; none where the study has no such experiment."""
         return {spec.replicate: self.outcomes[spec.name] for spec in self._specs(experiment, arm, model, rate)}
 
-    def num_planned(self, experiment: str) -> int:
-        """Replicates of an arm in the whole of this study's form."""
-        return len(self.experiments[experiment].replicates) if experiment in self.experiments else 0
+    def is_whole(self, experiment: str) -> bool:
+        """Whether all of the experiment's runs have ended, those included whose rate the sweep decides."""
+        found = self.experiments[experiment]
+        known = found.learning_rates or all(self.best_rate(arm) is not None for arm in found.arms)
+        return bool(known) and all(spec.name in self.outcomes for spec in specs_of(found, self.best_rate))
 
     def num_runs(self, experiment: str) -> int:
         """Runs of the experiment that have ended."""

@@ -51,6 +51,10 @@ def test_an_interval_that_holds_both_0_and_an_advantage_says_nothing(study: Stud
     answer = CLAIM["1b"].answer(study(make))
     assert answer.verdict == Verdict.NOT_TESTABLE
     assert "replicates (" in answer.sentence  # how many would tell
+    half = study(lambda spec: make(spec) if spec.replicate in FULL[0].replicates[:5] else None)
+    answer = CLAIM["1b"].answer(half)
+    assert answer.verdict == Verdict.OPEN
+    assert answer.sentence.startswith("undecided so far")
 
 
 @pytest.mark.parametrize(
