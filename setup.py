@@ -42,7 +42,7 @@ setup(
         # project named `apex` on PyPI is another one.
         "gpu": ["transformer-engine[pytorch]>=2.9"],
         "wandb": ["wandb"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "mypy", "ruff", "types-PyYAML"],
+        "dev": ["matplotlib", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "mypy", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["megatron-gspo = megatron_gspo.cli:main"]},
 )

@@ -137,6 +137,9 @@ class RolloutSection(Section):
     """`local`: Hugging Face Transformers in the trainer's process; `sglang`: SGLang servers over HTTP."""
     old_log_probs: Literal["trainer", "engine"] = "trainer"
     """Whose log-probs are the old policy's: recomputed by the trainer, or the rollout engine's own (§5.4)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the local engine computes in; null takes `model.dtype`. bfloat16 under a float32 trainer is the mismatch
+    between engines that §5.4 is about. SGLang servers have `rollout.sglang.dtype`."""
     responses_per_prompt: Annotated[int, Field(ge=2)] = 8
     """G, the group's size; at least 2, because an advantage is relative to the group."""
     max_prompt_tokens: Positive = 1024

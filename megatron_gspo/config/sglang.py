@@ -99,6 +99,12 @@ def check_sglang(recipe: Recipe) -> Iterator[Refusal]:
                 "rollout.verify_weights", True, "false under rollout.engine: local, which shares no server"
             )
         return
+    if recipe.rollout.dtype is not None:
+        yield not_accepted(
+            "rollout.dtype",
+            recipe.rollout.dtype,
+            "null under rollout.engine: sglang, whose servers compute in rollout.sglang.dtype",
+        )
     section = recipe.rollout.sglang
     yield from _check_weights(section)
     yield from _check_running_servers(section)

@@ -68,7 +68,7 @@ def _local_engine(recipe: Recipe) -> RolloutEngine | None:
         return None
     return LocalEngine(
         recipe.model.path,
-        dtype=getattr(torch, recipe.model.dtype),
+        dtype=getattr(torch, recipe.rollout.dtype or recipe.model.dtype),
         device=device(),
         max_concurrent_responses=recipe.rollout.max_concurrent_responses,
         return_routed_experts=recipe.routing.replay == "r3",

@@ -73,3 +73,12 @@ def test_the_local_engine_has_no_server_to_verify(
     recipe_file: Callable[..., Path], refusal: Callable[..., str]
 ) -> None:
     assert "rollout.verify_weights is true; accepted: false" in refusal(recipe_file(), ["rollout.verify_weights=true"])
+
+
+def test_only_the_local_engine_has_a_number_format_here(
+    recipe_file: Callable[..., Path], refusal: Callable[..., str], load: Callable[..., Recipe]
+) -> None:
+    assert load("rollout.dtype=bfloat16").rollout.dtype == "bfloat16"
+    told = refusal(recipe_file(), [ENGINE, "rollout.dtype=bfloat16"])
+    assert "rollout.dtype is the text 'bfloat16'" in told
+    assert "rollout.sglang.dtype" in told
