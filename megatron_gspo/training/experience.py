@@ -11,7 +11,7 @@ advantages are computed where all of it is. Then the mini-batch's responses are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from megatron_gspo.config import Recipe
 from megatron_gspo.context_parallel import pad_multiples
 from megatron_gspo.data.packing import pack, plan_micro_batches
 from megatron_gspo.platform import device
-from megatron_gspo.policy_loss import group_advantages
+from megatron_gspo.policy_loss import OBJECTIVES, group_advantages
 from megatron_gspo.training.balance import rebalance, token_imbalance
 from megatron_gspo.training.rollouts import Rollouts
 from megatron_gspo.types import Group, MicroBatch, Prompt, Sample, SamplingSettings
@@ -48,17 +48,19 @@ class Experience:
         rollout_s: float,
         reward_s: float,
         engine_counts: Mapping[str, float] | None = None,
+        is_learned_from: Callable[[Sample], bool] = lambda _: True,
     ) -> Experience:
         """Share out what every rank sampled. A collective among data-parallel ranks.
 
         Args:
             mini_batches: this rank's groups, by mini-batch.
             first_sample: index in the step of each mini-batch's first response on this rank.
+            is_learned_from: whether the updates pass a sample through the model.
         """
         samples = [_samples(groups, first) for groups, first in zip(mini_batches, first_sample, strict=True)]
         return cls(
             groups=tuple(_without_routes(group) for groups in mini_batches for group in groups),
-            samples=rebalance(samples),
+            samples=rebalance(samples, is_learned_from),
             num_failed_rewards=num_failed_rewards,
             rollout_s=rollout_s,
             reward_s=reward_s,
@@ -72,11 +74,12 @@ class Experience:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What one policy update learns from, on this rank; the counts are of all ranks."""
+    """What one policy update learns from, on this rank; the counts are of all ranks, and of skipped responses too."""
 
     micro_batches: tuple[MicroBatch, ...]
     num_responses: int
     num_tokens: int
+    skipped: tuple[Sample, ...] = ()  # this rank's that are in none of the micro-batches
     rank_token_imbalance: float = 1.0  # tokens of the most loaded data-parallel rank over the mean
 
 
@@ -103,26 +106,45 @@ def collect_experience(
             rollout_s=scored.rollout_s,
             reward_s=scored.reward_s,
             engine_counts=scored.engine_counts,
+            is_learned_from=lambda sample: is_learned_from(sample, recipe),
         )
     return parallel.broadcast_from_data_leader(experience)
 
 
 def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int) -> list[MiniBatch]:
-    """Pack every mini-batch's responses into micro-batches: the step's plan, which each of its passes uses."""
+    """Pack every mini-batch's responses into micro-batches: the step's plan, which each of its passes uses.
+
+    Responses that teach nothing (`is_learned_from`) are left out of it, and out of no denominator.
+    """
     planned = []
     for samples in experience.samples:
-        counts = parallel.sum_over_data_ranks(
-            [float(len(samples)), float(sum(len(sample.response_token_ids) for sample in samples))]
-        )
+        learned_from = [sample for sample in samples if is_learned_from(sample, recipe)]
+        num_tokens = sum(len(sample.response_token_ids) for sample in samples)
+        counts = parallel.sum_over_data_ranks([float(len(samples)), float(num_tokens), float(len(learned_from))])
+        if counts[2] == 0:  # ratios and entropy are then measured on what there is, not on nothing
+            learned_from = list(samples)
+        passed = {sample.index for sample in learned_from}
         planned.append(
             MiniBatch(
-                micro_batches=pack_samples(samples, recipe, pad_token_id),
+                micro_batches=pack_samples(learned_from, recipe, pad_token_id),
                 num_responses=round(counts[0]),
                 num_tokens=round(counts[1]),
-                rank_token_imbalance=token_imbalance(samples),
+                skipped=tuple(sample for sample in samples if sample.index not in passed),
+                rank_token_imbalance=token_imbalance(learned_from),
             )
         )
     return planned
+
+
+def is_learned_from(sample: Sample, recipe: Recipe) -> bool:
+    """Whether a sample can change the gradient, or is to be passed through the model whether it can or not.
+
+    At advantage 0 the paper's surrogates (eqs. 2, 6, 14) are 0 at every ratio, and so is their gradient. A KL penalty has
+    one there, and of an objective of one's own nothing is known.
+    """
+    objective = recipe.objective
+    must_pass = objective.kl_coefficient != 0 or objective.name not in OBJECTIVES
+    return sample.advantage != 0 or must_pass or not recipe.training.skip_zero_advantages
 
 
 def pack_samples(
