@@ -143,13 +143,15 @@ class _TokenLogProbs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         # One accumulator for all chunks, in the precision of the logits whatever the weight's.
-        grad_weight = weight.new_zeros(weight.shape, dtype=log_normalizer.dtype) if needs_weight else None
+        grad_weight = torch.empty_like(weight, dtype=log_normalizer.dtype) if needs_weight else None
 
         carries_gradient = torch.zeros_like(targets, dtype=torch.bool)
         for gradient in (grad_log_probs, grad_entropy):
             if gradient is not None:
                 carries_gradient |= gradient != 0
         tokens = carries_gradient.nonzero().squeeze(1)
+        if grad_weight is not None:  # the first chunk's product overwrites; rows that none reaches stay 0
+            grad_weight[ctx.shard.num_rows if len(tokens) else 0 :].zero_()
         for start in range(0, len(tokens) if ctx.shard.num_rows else 0, ctx.chunk_tokens):
             chunk = tokens[start : start + ctx.chunk_tokens]
             hidden_chunk = hidden[chunk]
@@ -171,7 +173,8 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[chunk] = (grad_logits @ rows).to(hidden.dtype)
             if grad_weight is not None:
-                _add_product(grad_weight[: ctx.shard.num_rows], grad_logits.t(), hidden_chunk.to(rows.dtype))
+                products = grad_weight[: ctx.shard.num_rows]
+                _add_product(products, grad_logits.t(), hidden_chunk.to(rows.dtype), overwrite=start == 0)
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
 
 
@@ -273,9 +276,10 @@ def _scaled_logits(hidden: Tensor, rows: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits.div_(temperature)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right in place, in `total`'s precision."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
+    """total += left @ right in place, in `total`'s precision; with `overwrite` total = left @ right."""
+    beta = 0 if overwrite else 1  # at 0 what `total` holds is not read
     if total.dtype == left.dtype:
-        torch.addmm(total, left, right, out=total)
+        torch.addmm(total, left, right, beta=beta, out=total)
     else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import Qwen3MoeConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from megatron_gspo import parallel
 from megatron_gspo.config import ModelSection, ParallelSection
+from megatron_gspo.data.tokenizer import build_byte_tokenizer
 from megatron_gspo.model.build import build_policy
 from megatron_gspo.model.hf_weights import initialize_weights
 from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.types import Sample
+
+SHIPPED = Path(__file__).resolve().parents[2] / "recipes/models/tiny_qwen3_moe"
 
 
 def config(**changes: Any) -> Qwen3MoeConfig:
@@ -44,6 +48,17 @@ def policy(shapes: Qwen3MoeConfig, **options: Any) -> PolicyModel:
     (model,) = build_policy(shapes, section, ParallelSection())
     initialize_weights([model], seed=1, initializer_range=0.02)
     return model
+
+
+def write_checkpoint(directory: Path, **changes: Any) -> None:
+    """A Hugging Face checkpoint of the shapes that the laptop recipes train, with random weights and its tokenizer."""
+    tokenizer = build_byte_tokenizer()
+    tokenizer.save_pretrained(directory)
+    shapes = AutoConfig.from_pretrained(SHIPPED)
+    for name, value in changes.items():
+        setattr(shapes, name, value)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(shapes, dtype=torch.float32).save_pretrained(directory)
 
 
 def samples(lengths: Sequence[int], prompt_tokens: int = 16, vocabulary: int = 512, seed: int = 0) -> list[Sample]:

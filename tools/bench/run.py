@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+PEERS = "MEGATRON_GSPO_PEERS_PYTHON"
 sys.path.insert(0, str(ROOT))
 
 from tools.bench import results  # noqa: E402
@@ -35,11 +36,12 @@ def main() -> int:
         return 2
     rows, failed = {}, []
     for name in arguments.names or ROWS:
-        python = peers_python() if ROWS[name] else Path(sys.executable)
-        if python is None:
+        peers = peers_python()
+        if peers is None and ROWS[name].needs_peers:
             print(f"{name}: left out, there is no environment with the peers: bash tools/bench/install_peers.sh")
             continue
         print(f"{name}: measuring", file=sys.stderr)
+        python = peers if peers is not None and ROWS[name].runs_among_peers else Path(sys.executable)
         result = measure(name, python, arguments.rounds)
         if result is None:
             failed.append(name)
@@ -76,15 +78,15 @@ def measure(name: str, python: Path, rounds: int) -> dict[str, Any] | None:
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "result.json"
         command = [str(python), "-m", "tools.bench.child", name, str(rounds), str(file)]
-        one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | one_thread | {"PYTHONPATH": path}, check=False)
+        settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        settings |= {PEERS: str(peers)} if (peers := peers_python()) else {}
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=False)
         return json.loads(file.read_text()) if done.returncode == 0 else None
 
 
 def peers_python() -> Path | None:
     """The Python that has TRL and verl."""
-    python = Path(os.environ.get("MEGATRON_GSPO_PEERS_PYTHON", ROOT / ".venv-peers/bin/python"))
+    python = Path(os.environ.get(PEERS, ROOT / ".venv-peers/bin/python"))
     return python if python.exists() else None
 
 

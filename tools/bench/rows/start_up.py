@@ -25,7 +25,7 @@ def measure(bench: Bench) -> None:
     quick = {name: runs[name] for name in ("--help", "pass")}
     times = bench.alternate(quick, clock=seconds_of_children)
     bench.figure("--help / python -c pass", times.ratio("--help", "pass"), better="lower", aim=10)
-    times = bench.alternate({name: runs[name] for name in ("doctor", "torch")}, rounds=3, clock=seconds_of_children)
+    times = bench.alternate({name: runs[name] for name in ("doctor", "torch")}, rounds=2, clock=seconds_of_children)
     bench.figure("doctor / python -c 'import torch'", times.ratio("doctor", "torch"), better="lower")
     imported = run("-X", "importtime", *PROGRAM, "--help", error=True)
     bench.note("--help imports torch" if " torch\n" in imported else "--help does not import torch")
