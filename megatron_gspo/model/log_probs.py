@@ -163,7 +163,9 @@ class _TokenLogProbs(torch.autograd.Function):
                     grad_logits[part],
                     log_normalizer[tokens_of_part],
                     None if grad_log_probs is None else grad_log_probs[tokens_of_part],
-                    None if grad_entropy is None or entropy is None else (grad_entropy[tokens_of_part], entropy[tokens_of_part]),
+                    None
+                    if grad_entropy is None or entropy is None
+                    else (grad_entropy[tokens_of_part], entropy[tokens_of_part]),
                     ctx.temperature,
                 )
             if grad_log_probs is not None:

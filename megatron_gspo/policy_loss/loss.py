@@ -83,9 +83,7 @@ def policy_loss(
     _check_shapes(chosen, log_probs, constants, segments)
     ratios = ImportanceRatios(log_probs, constants["old log-prob"], segments)
     others = [abs_max(values) for name, values in constants.items() if name != "old log-prob"]
-    refuse_non_finite(
-        {"log-prob": log_probs, **constants}, [ratios.token_abs_log_max, *others], segments, sequence_ids
-    )
+    refuse_non_finite({"log-prob": log_probs, **constants}, [ratios.token_abs_log_max, *others], segments, sequence_ids)
     clip_range = chosen.clip_range(clip_low, clip_high, dual_clip)
     surrogate = chosen.surrogate(ObjectiveInputs(ratios, constants["advantage"], clip_range))
     weighting = make_aggregation(aggregation, segments, log_probs.dtype, num_sequences, num_tokens, constant_length)

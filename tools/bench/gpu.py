@@ -226,7 +226,9 @@ def report(measured: Measured, layers: int, *, shows_times: bool) -> None:
     if shows_times:
         best = sorted(measured.seconds)
         median = best[len(best) // 2]
-        print(f"  tokens/s {measured.tokens / median:,.0f} ({measured.tokens / best[-1]:,.0f} – {measured.tokens / best[0]:,.0f})")
+        print(
+            f"  tokens/s {measured.tokens / median:,.0f} ({measured.tokens / best[-1]:,.0f} – {measured.tokens / best[0]:,.0f})"
+        )
         name = torch.cuda.get_device_name()
         peak = next((peak for gpu, peak in PEAKS.items() if gpu in name), None)
         if peak is None:

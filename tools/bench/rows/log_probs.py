@@ -65,7 +65,9 @@ def measure_zero_rows(bench: Bench, hidden: Tensor, weight: Tensor, targets: Ten
     kept = slice(len(half) // 2, None)
     alone = torch.autograd.grad((ours(hidden[kept], weight, targets[kept])[0] * half[kept, 0]).sum(), weight)[0]
     bench.same("gradient of the weight, half the rows 0", backward(half)[1], alone, tolerance=1e-5)
-    times = alternate({"half": partial(backward, half), "all": partial(backward, coefficients)}, max(2, bench.rounds // 2))
+    times = alternate(
+        {"half": partial(backward, half), "all": partial(backward, coefficients)}, max(2, bench.rounds // 2)
+    )
     ratios = [half_s / all_s for half_s, all_s in zip(times["half"], times["all"], strict=True)]
     bench.figure("backward with half the rows' coefficients 0 / with none", ratios, better="lower", aim=0.6)
     del entropy
@@ -94,9 +96,7 @@ def problem(num_tokens: int, hidden_size: int = HIDDEN) -> tuple[Tensor, Tensor,
     return hidden, weight, targets, torch.randn(num_tokens, 2, generator=generator)
 
 
-def gradients(
-    side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor
-) -> tuple[Tensor, ...]:
+def gradients(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
     log_probs, entropy = side(hidden, weight, targets)
     total = (log_probs * coefficients[:, 0] + entropy * coefficients[:, 1]).sum()
     return torch.autograd.grad(total, (hidden, weight))
@@ -114,7 +114,9 @@ def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 
 def trls(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    outputs = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",))
+    outputs = ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
+    )
     return outputs[0], outputs[1]
 
 

@@ -76,5 +76,3 @@ def run(model: PolicyModel, micro_batches: Sequence[MicroBatch]) -> None:
     for micro_batch in micro_batches:
         output = model(micro_batch)
         output.log_probs.mean().backward()
-
-

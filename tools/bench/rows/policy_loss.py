@@ -65,7 +65,9 @@ def repeat(function: Callable[[], object]) -> None:
         function()
 
 
-def gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], current: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+def gradient(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor], current: Tensor, old: Tensor, advantages: Tensor
+) -> Tensor:
     """The gradient of the loss with respect to the log-probs, [N, tokens]."""
     log_probs = current.detach().requires_grad_()
     loss(log_probs, old, advantages).backward()

@@ -125,9 +125,7 @@ def measure_statistics(bench: Bench) -> None:
     positions = response_positions(torch.tensor([0, STATISTICS_TOKENS]))
     sides: dict[str, Callable[[], object]] = {
         "change rate": lambda: count_replaced(old, new),
-        "everything": lambda: count_change(
-            old, new, num_experts=EXPERTS, layers=range(LAYERS), positions=positions
-        ),
+        "everything": lambda: count_change(old, new, num_experts=EXPERTS, layers=range(LAYERS), positions=positions),
         "all pairs": lambda: replaced_by_pairs(old, new),
     }
     times = bench.alternate(sides)
