@@ -221,6 +221,10 @@ class TrainingSection(Section):
     """Policy updates a step; each takes an equal share of the step's prompts."""
     tokens_per_micro_batch: Positive = 16384
     """Token budget a packed micro-batch is filled to. A longer sequence is a micro-batch of its own."""
+    skip_zero_advantages: Switch = True
+    """Do not pass responses through the model from which nothing can be learned: those with advantage 0, as all have in a
+    group of equal rewards. The gradient is the same. `ratio/*`, `entropy/mean` and `mismatch/*` are then of the other
+    responses. They are passed all the same under a KL penalty, and for an objective of one's own."""
     learning_rate: PositiveFloat = 1e-6
     min_learning_rate: NonNegativeFloat = 0.0
     warmup_updates: NonNegative = 0

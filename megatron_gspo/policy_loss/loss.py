@@ -41,7 +41,7 @@ import torch
 
 from megatron_gspo.policy_loss.aggregation import AggregationName, make_aggregation
 from megatron_gspo.policy_loss.base import Objective, ObjectiveInputs, PolicyLossOutput
-from megatron_gspo.policy_loss.finite import refuse_non_finite
+from megatron_gspo.policy_loss.finite import abs_max, refuse_non_finite
 from megatron_gspo.policy_loss.kl import KLEstimator, kl_per_token
 from megatron_gspo.policy_loss.metrics import (
     importance_metrics,
@@ -98,9 +98,9 @@ def policy_loss(
     }
     constants = {name: values.detach().to(log_probs.dtype) for name, values in given.items() if values is not None}
     _check_shapes(chosen, log_probs, constants, segments)
-    refuse_non_finite({"log-prob": log_probs, **constants}, segments, sequence_ids)
-
     ratios = ImportanceRatios(log_probs, constants["old log-prob"], segments)
+    others = [abs_max(values) for name, values in constants.items() if name != "old log-prob"]
+    refuse_non_finite({"log-prob": log_probs, **constants}, [ratios.token_abs_log_max, *others], segments, sequence_ids)
     clip_range = chosen.clip_range(clip_low, clip_high, dual_clip)
     surrogate = chosen.surrogate(ObjectiveInputs(ratios, constants["advantage"], clip_range))
     weighting = make_aggregation(aggregation, segments, log_probs.dtype, num_sequences, num_tokens, constant_length)

@@ -39,7 +39,7 @@ def ratio_metrics(ratios: ImportanceRatios) -> dict[str, Metric]:
 def ratio_maxima(ratios: ImportanceRatios) -> dict[str, torch.Tensor]:
     """Largest |log-ratio| of a token and of a response; 0 for a call without responses."""
     return {
-        "ratio/token_abs_log_max": abs_max(ratios.token_log).double(),
+        "ratio/token_abs_log_max": ratios.token_abs_log_max.double(),
         "ratio/sequence_abs_log_max": abs_max(ratios.sequence_log).double(),
     }
 
@@ -100,8 +100,8 @@ def finalize_metrics(totals: Mapping[str, tuple[float, float]]) -> dict[str, flo
 
 
 def _moments(name: str, values: torch.Tensor) -> dict[str, Metric]:
-    values, count = values.detach().double(), _count(len(values), values)
-    return {name: (values.sum(), count), f"{name}_squared": (torch.dot(values, values), count)}
+    values, count = values.detach(), _count(len(values), values)
+    return {name: (values.sum().double(), count), f"{name}_squared": (torch.dot(values, values).double(), count)}
 
 
 def _count(number: float, like: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from megatron_gspo.policy_loss.finite import abs_max
 from megatron_gspo.policy_loss.segments import Segments
 
 
@@ -26,6 +27,11 @@ class ImportanceRatios:
     def token_log(self) -> torch.Tensor:
         """log w_{i,t} (eq. 3), [T]: each token's own ratio."""
         return self.log_probs - self.old_log_probs
+
+    @cached_property
+    def token_abs_log_max(self) -> torch.Tensor:
+        """Largest |log w_{i,t}|, 0-d, detached; not finite where a log-prob is not."""
+        return abs_max(self.token_log)
 
     @cached_property
     def sequence_log(self) -> torch.Tensor:

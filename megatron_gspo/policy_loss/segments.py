@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
+import numpy as np
 import torch
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 @dataclass(frozen=True)
@@ -30,21 +33,53 @@ class Segments:
         return self.cu_seqlens.diff().long()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum `values` [T] over each response: [N], differentiable, and deterministic on every device.
+        """Sum `values` [T] over each response: [N], differentiable once, and deterministic on every device.
 
         (`index_add_` would add in whatever order a GPU's threads arrive, and a run would not repeat bit for bit.)
         """
-        return torch.segment_reduce(values, "sum", offsets=self.cu_seqlens, axis=0, initial=0)
+        return cast(torch.Tensor, _SegmentSum.apply(values, self))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """Average `values` [T] over each response: [N], differentiable."""
+        """Average `values` [T] over each response: [N], differentiable once."""
         return self.sum(values) / self.lengths.clamp(min=1)
 
     def expand(self, values: torch.Tensor) -> torch.Tensor:
         """Give every token its response's value: [N] to [T], as a constant (no gradient flows back)."""
-        return torch.repeat_interleave(values.detach(), self.lengths, output_size=self.num_tokens)
+        values = values.detach()
+        if values.device.type == "cpu":  # torch's repeats an index and looks every token up: nine times the time
+            return torch.from_numpy(np.repeat(values.numpy(), self.lengths.numpy()))
+        return torch.repeat_interleave(values, self.lengths, output_size=self.num_tokens)
 
     def locate(self, token: int) -> tuple[int, int]:
         """The response that packed token `token` belongs to, and its position there, both from 0. Waits for the device."""
         response = int(torch.searchsorted(self.cu_seqlens, token, right=True)) - 1
         return response, token - int(self.cu_seqlens[response])
+
+
+class _SegmentSum(torch.autograd.Function):
+    """A response's sum; every token's gradient is its response's."""
+
+    segments: Segments
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, values: torch.Tensor, segments: Segments) -> torch.Tensor:
+        ctx.segments = segments  # type: ignore[attr-defined]
+        if values.device.type == "cpu":
+            return _sums_on_cpu(values, segments)
+        return torch.segment_reduce(values, "sum", offsets=segments.cu_seqlens, axis=0, initial=0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.segments.expand(grad), None  # type: ignore[attr-defined]
+
+
+def _sums_on_cpu(values: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """Sums by NumPy, which adds pairwise and in vectors; `torch.segment_reduce` takes a token at a time there."""
+    sums = values.new_zeros(segments.num_responses)
+    if segments.num_tokens:
+        # `reduceat` sums from each start to the next, so a response without tokens must not be one of them.
+        has_tokens = (segments.lengths > 0).numpy()
+        starts = segments.cu_seqlens[:-1].numpy()[has_tokens]
+        sums.numpy()[has_tokens] = np.add.reduceat(values.detach().numpy(), starts)
+    return sums

@@ -321,6 +321,7 @@ COST = (
         {
             "packing/fill_fraction": "fill of micro-batches",
             "packing/rank_token_imbalance": "most loaded rank over mean",
+            "packing/skipped_fraction": "responses with nothing to learn from",
         },
         Axis("ratio"),
         "Fill below half wastes passes; imbalance above 1 makes ranks wait.",

@@ -7,7 +7,7 @@ number of ranks; only who computes them changes, and a sample travels only to th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_gspo import parallel
 from megatron_gspo.types import Sample
@@ -27,16 +27,19 @@ def share_by_tokens(num_tokens: Sequence[int], num_ranks: int) -> list[int]:
     return rank_of
 
 
-def rebalance(mini_batches: Sequence[Sequence[Sample]]) -> tuple[tuple[Sample, ...], ...]:
+def rebalance(
+    mini_batches: Sequence[Sequence[Sample]], is_learned_from: Callable[[Sample], bool] = lambda _: True
+) -> tuple[tuple[Sample, ...], ...]:
     """Exchange samples among data-parallel ranks, by mini-batch; each rank's come out by `Sample.index`.
 
-    A collective among the ranks at the same place in their copies of the model.
+    A sample that is not learned from weighs next to nothing. A collective among the ranks at the same place in their copies of
+    the model.
     """
     num_ranks = parallel.data_size()
     if num_ranks == 1:
         return tuple(tuple(samples) for samples in mini_batches)
     lengths = parallel.gather_over_data_ranks(
-        [{sample.index: sample.num_tokens for sample in samples} for samples in mini_batches]
+        [{s.index: s.num_tokens if is_learned_from(s) else 1 for s in samples} for samples in mini_batches]
     )
     outgoing: list[list[list[Sample]]] = [[[] for _ in mini_batches] for _ in range(num_ranks)]
     for number, samples in enumerate(mini_batches):

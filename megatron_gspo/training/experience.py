@@ -21,6 +21,7 @@ from megatron_gspo.config import Recipe
 from megatron_gspo.context_parallel import pad_multiples
 from megatron_gspo.data.packing import pack, plan_micro_batches
 from megatron_gspo.platform import device
+from megatron_gspo.policy_loss import OBJECTIVES
 from megatron_gspo.training.balance import rebalance, token_imbalance
 from megatron_gspo.types import Group, MicroBatch, Sample
 
@@ -53,7 +54,7 @@ class Experience:
 
         Args:
             groups_by_place: this rank's groups, by their places among the step's prompts.
-            recipe: says what places make up a mini-batch.
+            recipe: says what places make up a mini-batch, and which samples updates pass through the model.
             version: of the policy that learns from them.
             dropped: what this rank scored besides, and nobody learns from.
         """
@@ -64,7 +65,7 @@ class Experience:
             samples[place // per_mini_batch] += _samples(group, place * len(group.responses), version)
         return cls(
             groups=tuple(_without_routes(group) for group in (*groups_by_place.values(), *dropped)),
-            samples=rebalance(samples),
+            samples=rebalance(samples, lambda sample: is_learned_from(sample, recipe)),
             num_failed_rewards=num_failed_rewards,
             rollout_s=rollout_s,
             reward_s=reward_s,
@@ -78,30 +79,51 @@ class Experience:
 
 @dataclass(frozen=True)
 class MiniBatch:
-    """What one policy update learns from, on this rank; the counts are of all ranks."""
+    """What one policy update learns from, on this rank; the counts are of all ranks, and of skipped responses too."""
 
     micro_batches: tuple[MicroBatch, ...]
     num_responses: int
     num_tokens: int
+    skipped: tuple[Sample, ...] = ()  # this rank's that are in none of the micro-batches
     rank_token_imbalance: float = 1.0  # tokens of the most loaded data-parallel rank over the mean
 
 
 def plan_mini_batches(experience: Experience, recipe: Recipe, pad_token_id: int) -> list[MiniBatch]:
-    """Pack every mini-batch's responses into micro-batches: the step's plan, which each of its passes uses."""
+    """Pack every mini-batch's responses into micro-batches: the step's plan, which each of its passes uses.
+
+    Responses that teach nothing (`is_learned_from`) are left out of it, and out of no denominator.
+    """
     planned = []
     for samples in experience.samples:
-        counts = parallel.sum_over_data_ranks(
-            [float(len(samples)), float(sum(sample.num_sampled_tokens for sample in samples))]
-        )
+        learned_from = [sample for sample in samples if is_learned_from(sample, recipe)]
+        num_tokens = sum(sample.num_sampled_tokens for sample in samples)
+        counts = parallel.sum_over_data_ranks([float(len(samples)), float(num_tokens), float(len(learned_from))])
+        if counts[2] == 0:  # ratios and entropy are then measured on what there is, not on nothing
+            learned_from = list(samples)
+        passed = {sample.index for sample in learned_from}
         planned.append(
             MiniBatch(
-                micro_batches=pack_samples(samples, recipe, pad_token_id),
+                micro_batches=pack_samples(learned_from, recipe, pad_token_id),
                 num_responses=round(counts[0]),
                 num_tokens=round(counts[1]),
-                rank_token_imbalance=token_imbalance(samples),
+                skipped=tuple(sample for sample in samples if sample.index not in passed),
+                rank_token_imbalance=token_imbalance(learned_from),
             )
         )
     return planned
+
+
+def is_learned_from(sample: Sample, recipe: Recipe) -> bool:
+    """Whether a sample can change the gradient, or is to be passed through the model whether it can or not.
+
+    At advantage 0 the paper's surrogates (eqs. 2, 6, 14) are 0 at every ratio, and so is their gradient. A KL penalty has
+    one there, and of an objective of one's own nothing is known.
+    """
+    objective = recipe.objective
+    must_pass = objective.kl_coefficient != 0 or objective.name not in OBJECTIVES
+    if must_pass or not recipe.training.skip_zero_advantages:
+        return True
+    return sample.advantage != 0 or (sample.token_advantages is not None and bool(sample.token_advantages.any()))
 
 
 def pack_samples(

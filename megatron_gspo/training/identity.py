@@ -43,6 +43,7 @@ MAY_DIFFER = (
     "training.background_save",
     "training.max_skipped_updates",
     "training.tokens_per_micro_batch",
+    "training.skip_zero_advantages",
 )
 
 _MODEL_FIELDS = (

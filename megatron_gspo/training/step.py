@@ -130,6 +130,7 @@ def update_policy(
     if problem is not None:
         skipped.skipped(step, problem)
         return
+    count_skipped(mini_batch, loss.recipe.objective.aggregation, totals)
     for entry in kept:
         totals.add_all(entry.loss.metrics)
         totals.raise_to(entry.loss.maxima)
@@ -141,3 +142,17 @@ def update_policy(
     totals.add("grad_norm", float(gradient_norm), 1)
     policy.scheduler.step(1)
     skipped.made()
+
+
+def count_skipped(mini_batch: MiniBatch, aggregation: str, totals: Totals) -> None:
+    """Count the responses that were not passed through the model where what they would have measured is known.
+
+    At advantage 0 a response adds 0 to the loss and nothing of it is clipped, but it is one of those that the loss and the
+    clip fractions are means over.
+    """
+    num_responses = len(mini_batch.skipped)
+    num_tokens = sum(sample.num_sampled_tokens for sample in mini_batch.skipped)
+    totals.add("loss/policy", 0.0, num_tokens if aggregation == "token_mean" else num_responses)
+    totals.add("clip/sequence_fraction", 0.0, num_responses)
+    for name in ("clip/token_fraction", "clip/low_fraction", "clip/high_fraction"):
+        totals.add(name, 0.0, num_tokens)

@@ -62,6 +62,8 @@ def record_experience(experience: Experience, mini_batches: list[MiniBatch], tok
         totals.count(name, number)
     for mini_batch in mini_batches:
         totals.add("packing/rank_token_imbalance", mini_batch.rank_token_imbalance, 1)
+        num_passed = sum(micro_batch.num_responses for micro_batch in mini_batch.micro_batches)
+        totals.add("packing/skipped_fraction", len(mini_batch.skipped), len(mini_batch.skipped) + num_passed)
     for micro_batch in (micro_batch for mini_batch in mini_batches for micro_batch in mini_batch.micro_batches):
         packed = len(micro_batch.token_ids) - micro_batch.num_padding_tokens
         totals.add("packing/fill_fraction", packed, max(token_budget, packed))

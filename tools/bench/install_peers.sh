@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Make the environment that `tools/bench/run.py` measures peers in: TRL and verl beside what this project's own functions
+# need there, with pinned versions. Nothing else uses it.
+#
+#   bash tools/bench/install_peers.sh [DIRECTORY]     # default: .venv-peers
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+directory="${1:-.venv-peers}"
+python3 -m venv "$directory"
+pip="$directory/bin/pip"
+"$pip" install -q torch==2.13.0 transformers==5.23.0 numpy==2.4.6 accelerate datasets trl==1.16.0
+# verl and megatron-core without their requirements: of verl its loss functions are called and nothing is trained, and
+# what those import is listed here.
+"$pip" install -q --no-deps verl==0.9.1 megatron-core==0.16.1
+"$pip" install -q ray omegaconf hydra-core tensordict==0.10.0 codetiming pandas orjson
+# What this project imports beyond the above.
+"$pip" install -q -c constraints.txt pydantic PyYAML rich tensorboard plotly Jinja2 math-verify httpx safetensors
+"$directory/bin/python" -c "import trl, verl.trainer.ppo.core_algos, verl.utils.experimental.torch_functional"
+echo "Peers are in $directory. Next: MEGATRON_GSPO_PEERS_PYTHON=$directory/bin/python python tools/bench/run.py"

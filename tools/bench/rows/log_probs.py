@@ -1,0 +1,138 @@
+"""Log-prob and entropy from hidden states, forward and backward, at Qwen3's vocabulary of 151,936.
+
+Beside the naive computation, which forms all logits, TRL's chunked function and verl's. Two floors: of time, the matrix
+products that recomputing the logits takes, 8 · tokens · hidden · vocabulary operations; of memory, nothing but the
+gradient of the weight, so the peak is given as a share of the logits' bytes.
+
+TRL's and verl's functions give the gradients of log-prob and entropy too; what they leave out is said beside the figures.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+from megatron_gspo.model.log_probs import token_log_probs
+from tools.bench.harness import Bench, alternate
+from tools.bench.memory import peak_bytes
+
+VOCABULARY, HIDDEN = 151_936, 256
+TOKENS = 256  # where time is measured: a naive side of seconds, not minutes
+MEMORY_TOKENS, MEMORY_HIDDEN = 2048, 32  # hidden states small beside logits, as they are in any real model
+CHUNK_TOKENS = 128  # ours and verl's; TRL's tiles are as its trainer makes them
+
+Side = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def measure(bench: Bench) -> None:
+    """Time, memory, and what rows without a gradient cost."""
+    sides: dict[str, Side] = {"ours": ours, "naive": naive, "TRL": trls, "verl": verls}
+    hidden, weight, targets, coefficients = problem(TOKENS)
+    expected = gradients(naive, hidden, weight, targets, coefficients)
+    for name in ("ours", "TRL", "verl"):
+        found = gradients(sides[name], hidden, weight, targets, coefficients)
+        for what, left, right in zip(("hidden", "weight"), found, expected, strict=True):
+            bench.same(f"gradient of {what}, {name} beside naive", left, right, tolerance=2e-4)
+    del expected, found, left, right
+    gc.collect()
+    runs = {name: partial(gradients, side, hidden, weight, targets, coefficients) for name, side in sides.items()}
+    times = bench.alternate(runs | {"floor": products(hidden, weight)}, rounds=max(2, bench.rounds // 2))
+    for name in ("naive", "TRL", "verl"):
+        bench.figure(f"{name}'s time / ours", times.ratio(name, "ours"), better="higher", aim=1.0)
+    bench.figure("our time / the floor's matrix products", times.ratio("ours", "floor"), better="lower", aim=1.1)
+    measure_zero_rows(bench, hidden, weight, targets, coefficients)
+    bench.profile(runs["ours"], repeats=1)
+    del runs
+    measure_memory(bench, sides)
+
+
+def measure_zero_rows(bench: Bench, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> None:
+    """Half of the rows with a coefficient of exactly 0, as clipped responses and groups of equal rewards have."""
+    half = coefficients.clone()
+    half[: len(half) // 2] = 0
+    log_probs, entropy = ours(hidden, weight, targets)
+
+    def backward(of: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((log_probs * of[:, 0]).sum(), (hidden, weight), retain_graph=True)
+
+    kept = slice(len(half) // 2, None)
+    alone = torch.autograd.grad((ours(hidden[kept], weight, targets[kept])[0] * half[kept, 0]).sum(), weight)[0]
+    bench.same("gradient of the weight, half the rows 0", backward(half)[1], alone, tolerance=1e-5)
+    times = alternate(
+        {"half": partial(backward, half), "all": partial(backward, coefficients)}, max(2, bench.rounds // 2)
+    )
+    ratios = [half_s / all_s for half_s, all_s in zip(times["half"], times["all"], strict=True)]
+    bench.figure("backward with half the rows' coefficients 0 / with none", ratios, better="lower", aim=0.6)
+    del entropy
+
+
+def measure_memory(bench: Bench, sides: dict[str, Side]) -> None:
+    """Peak memory as a share of the logits' bytes: the same every time, so measured once."""
+    for name, side in sides.items():
+        tokens = MEMORY_TOKENS if name != "naive" else MEMORY_TOKENS // 8
+        run = partial(gradients, side, *problem(tokens, MEMORY_HIDDEN))
+        share = peak_bytes(run) / (tokens * VOCABULARY * 4)
+        aim = 0.25 if name == "ours" else None
+        bench.figure(f"peak memory of {name} / the logits' bytes", [share], better="lower", aim=aim)
+    bench.note(
+        f"memory at {MEMORY_TOKENS} tokens (naive: {MEMORY_TOKENS // 8}) and hidden size {MEMORY_HIDDEN}, where the "
+        f"weight's gradient takes {MEMORY_HIDDEN / MEMORY_TOKENS:.3f} of the logits' bytes"
+    )
+
+
+def problem(num_tokens: int, hidden_size: int = HIDDEN) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states [T, H], weight [V, H], targets [T], and the coefficients of log-probs and entropies [T, 2]."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator).requires_grad_()
+    weight = (torch.randn(VOCABULARY, hidden_size, generator=generator) * 0.1).requires_grad_()
+    targets = torch.randint(VOCABULARY, (num_tokens,), generator=generator)
+    return hidden, weight, targets, torch.randn(num_tokens, 2, generator=generator)
+
+
+def gradients(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+    log_probs, entropy = side(hidden, weight, targets)
+    total = (log_probs * coefficients[:, 0] + entropy * coefficients[:, 1]).sum()
+    return torch.autograd.grad(total, (hidden, weight))
+
+
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_probs, entropy = token_log_probs(hidden, weight, targets, chunk_tokens=CHUNK_TOKENS)
+    assert entropy is not None
+    return log_probs, entropy
+
+
+def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = (hidden @ weight.t()).log_softmax(dim=-1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=-1)
+
+
+def trls(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    outputs = ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
+    )
+    return outputs[0], outputs[1]
+
+
+def verls(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    return FusedLinearForPPO(chunk_size=CHUNK_TOKENS)(hidden, weight, targets)
+
+
+def products(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
+    """The logits twice, and both gradients of them: 8 · tokens · hidden · vocabulary operations."""
+    hidden, weight = hidden.detach(), weight.detach()
+    logits, grad_hidden, grad_weight = hidden @ weight.t(), torch.empty_like(hidden), torch.empty_like(weight)
+
+    def run() -> None:
+        for _ in range(2):
+            torch.mm(hidden, weight.t(), out=logits)
+        torch.mm(logits, weight, out=grad_hidden)
+        torch.mm(logits.t(), hidden, out=grad_weight)
+
+    return run

@@ -1,0 +1,111 @@
+"""TRL's step: `python -m tools.bench.steps.trls CHECKPOINT`, told by `turns.Teller`. Runs where TRL is installed.
+
+A step is a generation and the four optimizer steps on it; the trainer's own loop goes on, and waits where the next begins.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from tools.bench import steps
+from tools.bench.memory import resident_bytes
+from tools.bench.steps.turns import Told
+
+
+def main(checkpoint: str) -> None:
+    """Train, a step whenever told to."""
+    told = Told()
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    turns = Turns(told, len(tokenizer(steps.PROBLEMS[0])["input_ids"]))
+    trainer = GRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=turns.reward,
+        train_dataset=Dataset.from_list([{"prompt": text} for text in steps.PROBLEMS]),
+        args=settings(tempfile.mkdtemp()),
+        callbacks=[turns],
+    )
+    told.say(probe=probe(model))
+    trainer.train()
+
+
+def settings(directory: str) -> GRPOConfig:
+    """GSPO as TRL's documentation sets it up, at the sizes of `steps`."""
+    responses = steps.PROMPTS * steps.RESPONSES_PER_PROMPT
+    return GRPOConfig(
+        output_dir=directory,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        importance_sampling_level="sequence",
+        loss_type="grpo",
+        epsilon=steps.CLIP_LOW,
+        epsilon_high=steps.CLIP_HIGH,
+        beta=0.0,
+        num_generations=steps.RESPONSES_PER_PROMPT,
+        steps_per_generation=steps.MINI_BATCHES,
+        per_device_train_batch_size=responses // steps.MINI_BATCHES,
+        max_completion_length=steps.MAX_RESPONSE_TOKENS,
+        temperature=1.0,
+        learning_rate=steps.LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_steps=100_000,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+class Turns(TrainerCallback):
+    """Counts tokens, and holds the trainer's loop until the next step is wanted."""
+
+    def __init__(self, told: Told, prompt_tokens: int) -> None:
+        self._told = told
+        self._prompt_tokens = prompt_tokens
+        self._tokens = 0
+        self._started = 0.0
+
+    def reward(self, completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """As this project's side scores."""
+        self._tokens += sum(self._prompt_tokens + len(ids) for ids in completion_ids)
+        return [steps.score(text) for text in completions]
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before anything is generated."""
+        self._wait(control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the last optimizer step on a generation, before the next is made."""
+        if state.global_step % steps.MINI_BATCHES == 0:
+            self._told.say(seconds=time.process_time() - self._started, tokens=self._tokens)
+            self._wait(control)
+
+    def _wait(self, control: Any) -> None:
+        if not self._told.wait():
+            self._told.say(peak_bytes=resident_bytes("VmHWM"))
+            control.should_training_stop = True
+        self._tokens, self._started = 0, time.process_time()
+
+
+def probe(model: torch.nn.Module) -> list[float]:
+    """Log-probs of `PROBE` after its first token."""
+    ids = torch.tensor([steps.PROBE])
+    with torch.no_grad():
+        log_p = model(ids).logits.log_softmax(-1)[:, :-1]
+    found: list[float] = log_p.gather(-1, ids[:, 1:, None]).flatten().tolist()
+    return found
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
