@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.policy_loss import group_advantages
 from megatron_gspo.training import optimizer
 from megatron_gspo.training.assembly import (
-    Inputs,
     Run,
+    assemble,
     build_models,
-    open_inputs,
     reinforcement_learning_rate,
     with_clip_range,
 )
@@ -58,11 +58,12 @@ def learn_layouts_on_ranks(layouts: dict[str, dict[str, Any]], directory: str) -
         recipe, options = Path(layout["recipe"]), layout["options"]
         fresh_world(f"{directory}/world_of_{dist.get_world_size()}_{number}")
         arrange(load_recipe(recipe, options))
-        inputs = open_inputs(load_recipe(recipe, options))
+        run = assemble(load_recipe(recipe, options))
         found[name] = {
-            arm: learn_from_fixed(load_recipe(recipe, [*of_arm, *options]), inputs)
+            arm: learn_from_fixed(run, load_recipe(recipe, [*of_arm, *options]))
             for arm, of_arm in layout["arms"].items()
         }
+        run.close()
     return found
 
 
@@ -83,17 +84,18 @@ def arrange(recipe: Recipe) -> None:
     gc.freeze()  # what tests have imported is much, and stays
 
 
-def learn_from_fixed(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    """Learn once from fixed responses; the step's metrics, the first update's gradients, and the weights at the end."""
+def learn_from_fixed(assembled: Run, recipe: Recipe) -> dict[str, Any]:
+    """Learn once from fixed responses, with a policy of its own and `recipe`'s switches.
+
+    Returns:
+        The step's metrics, the first update's gradients, and the weights at the end.
+    """
     recipe = with_clip_range(recipe)
     models = build_models(recipe)
-    run = Run(
+    run = replace(
+        assembled,
         recipe=recipe,
-        tokenizer=inputs.tokenizer,
-        prompts=inputs.prompts,
-        held_out=None,
         policy=build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe)),
-        reference=None,
         rollouts=None,  # the responses are there already
         routing=RoutingControl(models, recipe),
     )
