@@ -29,7 +29,7 @@ if [ $# -eq 0 ]; then
 fi
 # A SLURM for tests/slurm, where this is root on Debian; where there can be none, those tests are skipped, and it is said.
 bash tools/install_slurm.sh || true
-# A file a worker, so that what its tests share is made once; in the order given, for the long files to begin first. One
-# worker more than cores, because some tests wait.
+# A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given: the long ones
+# begin first. One worker more than cores, because some tests wait.
 stage "tests" python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=8 "$@"
 python -m tests.slurm.cluster
