@@ -1,7 +1,28 @@
 """Settings for every test."""
 
+from pathlib import PurePosixPath
+from typing import Any
+
+import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # How long an example takes depends on what else the machine does; pytest's own time limit stops a test that hangs.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
+
+#: Directories whose tests share what is dear to start: a cluster, a server, a process that forks ranks or runs.
+TOGETHER = ("slurm", "rollout", "distributed", "end_to_end")
+
+
+class SharedPartsTogether(LoadFileScheduling):
+    """Gives a worker of pytest-xdist all tests of such a directory, and of the others a file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = PurePosixPath(nodeid.partition("::")[0])  # from the repository's root: tests/unit/...
+        return file.parts[1] if file.parts[1] in TOGETHER else str(file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedPartsTogether:
+    # xdist's own groups (`--dist loadgroup`) are not seen under pytest 9.2.
+    return SharedPartsTogether(config, log)

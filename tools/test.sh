@@ -24,10 +24,12 @@ if [ -z "${MEGATRON_GSPO_SGLANG_PYTHON:-}" ] && { [ $# -eq 0 ] || [[ "$*" == *te
   stage "SGLang" bash tools/install_sglang_cpu.sh
 fi
 if [ $# -eq 0 ]; then
-  set -- tests
+  # Those first that wait more than they compute, for a cluster or a server: the others fill in beside them.
+  set -- tests/slurm tests/rollout tests/distributed tests/end_to_end tests/unit
 fi
 # A SLURM for tests/slurm, where this is root on Debian; where there can be none, those tests are skipped, and it is said.
 bash tools/install_slurm.sh || true
-# A file a worker, so that what its tests share is made once.
-stage "tests" python -m pytest --numprocesses 2 --dist loadfile --durations=8 "$@"
+# A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given: the long ones
+# begin first. One worker more than cores, because some tests wait.
+stage "tests" python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=8 "$@"
 python -m tests.slurm.cluster

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_gspo.config.layout_fit import layout_refusals
 from megatron_gspo.config.refusal import Refusal, describe, not_accepted
 from megatron_gspo.config.schema import Recipe
 
@@ -53,8 +54,11 @@ def check_recipe_against_model(recipe: Recipe, hf_config: Mapping[str, Any]) -> 
     if broken:
         given = ", ".join(f"{name} is {describe(shapes.get(name))}" for name in broken)
         return [Refusal("model.path", f"holds a config.json whose {given}; accepted: whole numbers of at least 1")]
-    checks = (_check_attention, _check_layers, _check_dense if model_type == "qwen3" else _check_experts)
-    return [refusal for check in checks for refusal in check(recipe, shapes)]
+    checks = (_check_attention, _check_dense if model_type == "qwen3" else _check_experts)
+    return [
+        *layout_refusals(recipe.model, recipe.parallel, shapes),
+        *(refusal for check in checks for refusal in check(recipe, shapes)),
+    ]
 
 
 def _is_count(value: object) -> bool:
@@ -62,16 +66,7 @@ def _is_count(value: object) -> bool:
 
 
 def _check_attention(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusal]:
-    tensor = recipe.parallel.tensor
     heads, groups = shapes["num_attention_heads"], shapes["num_key_value_heads"]
-    for name in ("num_attention_heads", "vocab_size"):
-        if shapes[name] % tensor:
-            yield not_accepted("parallel.tensor", tensor, f"a divisor of the model's {name} ({shapes[name]})")
-    # transformer_config.py: above the number of groups, several ranks share one group's key and value head.
-    if groups % tensor and tensor % groups:
-        yield not_accepted(
-            "parallel.tensor", tensor, f"a divisor or a multiple of the model's num_key_value_heads ({groups})"
-        )
     if heads % groups:
         yield Refusal(
             "model.path", f"holds a config.json with {heads} num_attention_heads; accepted: a multiple of {groups}"
@@ -92,47 +87,9 @@ def _check_attention(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refu
         )
 
 
-def _check_layers(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusal]:
-    parallel, layers = recipe.parallel, shapes["num_hidden_layers"]
-    if layers % parallel.pipeline:
-        yield not_accepted(
-            "parallel.pipeline",
-            parallel.pipeline,
-            f"a divisor of the model's num_hidden_layers ({layers}): {_divisors(layers)}",
-        )
-    elif layers // parallel.pipeline % (parallel.virtual_pipeline or 1):
-        yield not_accepted(
-            "parallel.virtual_pipeline",
-            parallel.virtual_pipeline,
-            f"a divisor of a pipeline rank's {layers // parallel.pipeline} layers: {_divisors(layers // parallel.pipeline)}",
-        )
-    all_moe = shapes["model_type"] == "qwen3_moe" and not (
-        shapes.get("mlp_only_layers") or shapes.get("decoder_sparse_step", 1) != 1
-    )
-    if not all_moe and shapes["intermediate_size"] % parallel.tensor:
-        yield not_accepted(
-            "parallel.tensor",
-            parallel.tensor,
-            f"a divisor of the model's intermediate_size ({shapes['intermediate_size']})",
-        )
-
-
 def _check_experts(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusal]:
-    parallel = recipe.parallel
+    del recipe
     experts, active = shapes["num_experts"], shapes["num_experts_per_tok"]
-    width, expert_tensor = shapes["moe_intermediate_size"], parallel.expert_tensor_size
-    if experts % parallel.expert:
-        yield not_accepted(
-            "parallel.expert",
-            parallel.expert,
-            f"a divisor of the model's num_experts ({experts}): {_divisors(experts)}",
-        )
-    if width % expert_tensor:
-        yield not_accepted(
-            "parallel.expert_tensor",
-            expert_tensor,
-            f"a divisor of the model's moe_intermediate_size ({width}); null takes parallel.tensor ({parallel.tensor})",
-        )
     if active > experts:
         yield Refusal(
             "model.path", f"holds a config.json with {active} num_experts_per_tok; accepted: at most {experts}"
@@ -140,14 +97,7 @@ def _check_experts(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusa
 
 
 def _check_dense(recipe: Recipe, shapes: Mapping[str, Any]) -> Iterator[Refusal]:
-    parallel, because = recipe.parallel, "for a dense model (model_type qwen3), which has no experts"
-    if parallel.expert > 1:
-        yield not_accepted("parallel.expert", parallel.expert, f"1 {because}")
-    if parallel.expert_tensor is not None:
-        yield not_accepted("parallel.expert_tensor", parallel.expert_tensor, f"null {because}")
+    del shapes
     if recipe.routing.replay != "off":
+        because = "for a dense model (model_type qwen3), which has no experts"
         yield not_accepted("routing.replay", recipe.routing.replay, f"off {because}")
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

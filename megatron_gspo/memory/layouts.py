@@ -17,10 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_gspo.config import ParallelSection, Recipe, check_recipe, check_recipe_against_model
+from megatron_gspo.config.layout_fit import row_refusals
 from megatron_gspo.memory.estimate import MemoryEstimate, estimate
-
-#: As `model/experts.py` has it, which needs PyTorch.
-ROW_ALIGNMENT_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -89,11 +87,8 @@ def smallest_layout(recipes: list[Recipe]) -> Layout:
 
 
 def _experts_are_aligned(recipe: Recipe, hf_config: Mapping[str, Any]) -> bool:
-    """Whether the grouped products of the layers without Transformer Engine take experts this narrow (model/build.py)."""
-    if "moe_intermediate_size" not in hf_config or recipe.model.spec == "transformer_engine":
-        return True
-    width = hf_config["moe_intermediate_size"] // recipe.parallel.expert_tensor_size
-    return width * (2 if recipe.model.dtype == "bfloat16" else 4) % ROW_ALIGNMENT_BYTES == 0
+    """Whether the grouped products of the layers without Transformer Engine take experts this narrow."""
+    return recipe.model.spec == "transformer_engine" or not any(row_refusals(recipe.model, recipe.parallel, hf_config))
 
 
 def _splits(given: ParallelSection, num_gpus: int, *, has_experts: bool) -> Iterator[ParallelSection]:

@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from megatron_gspo.config import ModelSection, ParallelSection
-from megatron_gspo.model.experts import ROW_ALIGNMENT_BYTES
+from megatron_gspo.config.layout_fit import layout_refusals, row_refusals
 from megatron_gspo.model.layer_spec import decoder_layers
 from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.platform import detect_machine, device
@@ -29,6 +29,19 @@ from megatron_gspo.types import UserError
 HfConfig: TypeAlias = Qwen3Config | Qwen3MoeConfig
 
 _CONFIG_CLASSES: dict[str, type[HfConfig]] = {"qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}
+_SHAPES_OF_LAYOUT = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+    "moe_intermediate_size",
+    "mlp_only_layers",
+    "decoder_sparse_step",
+)
 
 
 def build_policy(
@@ -168,34 +181,12 @@ def check_layout(hf_config: HfConfig, model: ModelSection, parallel: ParallelSec
     Raises:
         UserError: naming the recipe's field, its value, and what it must divide.
     """
-    stages = parallel.pipeline * num_chunks(parallel)
-    splits = [
-        ("parallel.tensor", parallel.tensor, "num_attention_heads", hf_config.num_attention_heads),
-        ("parallel.tensor", parallel.tensor, "vocab_size", hf_config.vocab_size),
-        ("parallel.pipeline times virtual_pipeline", stages, "num_hidden_layers", hf_config.num_hidden_layers),
-    ]
-    if not all(_moe_layer_pattern(hf_config)):
-        splits.append(("parallel.tensor", parallel.tensor, "intermediate_size", hf_config.intermediate_size))
-    if isinstance(hf_config, Qwen3MoeConfig):
-        expert_tensor = parallel.expert_tensor or parallel.tensor
-        splits += [
-            ("parallel.expert", parallel.expert, "num_experts", hf_config.num_experts),
-            ("parallel.expert_tensor", expert_tensor, "moe_intermediate_size", hf_config.moe_intermediate_size),
-        ]
-    elif parallel.expert > 1:
-        raise UserError(f"parallel.expert is {parallel.expert}, but a {hf_config.model_type} model has no experts")
-    for field, size, name, whole in splits:
-        if whole % size:
-            raise UserError(f"{field} is {size}, which does not divide the model's {name}, {whole}")
-    # With fewer key-value heads than ranks, several ranks share one.
-    groups = hf_config.num_key_value_heads
-    if groups % parallel.tensor and parallel.tensor % groups:
-        raise UserError(
-            f"parallel.tensor is {parallel.tensor}, which neither divides the model's num_key_value_heads, {groups}, "
-            "nor is a multiple of it"
-        )
-    if isinstance(hf_config, Qwen3MoeConfig):
-        _check_expert_width(hf_config, model, parallel.expert_tensor or parallel.tensor)
+    shapes = {name: getattr(hf_config, name, None) for name in _SHAPES_OF_LAYOUT}
+    refusals = [*layout_refusals(model, parallel, shapes)]
+    if not refusals and not uses_transformer_engine(model):
+        refusals += row_refusals(model, parallel, shapes)
+    if refusals:
+        raise UserError(str(refusals[0]))
     if num_chunks(parallel) > 1 and parallel.pipeline == 1:
         raise UserError("parallel.virtual_pipeline above 1 needs parallel.pipeline above 1")
 
@@ -300,18 +291,6 @@ def _check_supported(hf_config: HfConfig) -> None:
         raise UserError(
             "config.json: num_experts_per_tok 1 with norm_topk_prob makes every gate 1, so that the router cannot learn"
         )
-
-
-def _check_expert_width(hf_config: Qwen3MoeConfig, model: ModelSection, expert_tensor: int) -> None:
-    """The grouped products of the local layers want aligned rows (Transformer Engine pads by itself)."""
-    element_bytes = 2 if model.dtype == "bfloat16" else 4
-    for name, width in (
-        ("hidden_size", hf_config.hidden_size),
-        (f"moe_intermediate_size / {expert_tensor}", hf_config.moe_intermediate_size // expert_tensor),
-    ):
-        if not uses_transformer_engine(model) and width * element_bytes % ROW_ALIGNMENT_BYTES:
-            multiple = ROW_ALIGNMENT_BYTES // element_bytes
-            raise UserError(f"the model's {name} is {width}, which must be a multiple of {multiple} in {model.dtype}")
 
 
 def _leave_undefined(weight: torch.Tensor) -> None:

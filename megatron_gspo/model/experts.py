@@ -22,10 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear, silu
 
+from megatron_gspo.config.layout_fit import ROW_ALIGNMENT_BYTES
 from megatron_gspo.platform import device
-
-#: `grouped_mm` wants every row of its operands to start at a multiple of this many bytes.
-ROW_ALIGNMENT_BYTES = 16
 
 
 class GroupedExperts(MegatronModule):

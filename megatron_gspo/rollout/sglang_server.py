@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -26,6 +25,7 @@ from pathlib import Path
 import httpx
 
 from megatron_gspo.config import Recipe, SglangSection
+from megatron_gspo.launch import free_port
 from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION
 from megatron_gspo.types import UserError
 
@@ -321,10 +321,7 @@ def _last_lines(log: Path) -> str:
 
 
 def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError as error:
-            raise UserError(f"rollout.sglang.host is {host}, which this machine cannot listen on ({error})") from error
-        return int(probe.getsockname()[1])
+    try:
+        return free_port(host)
+    except OSError as error:
+        raise UserError(f"rollout.sglang.host is {host}, which this machine cannot listen on ({error})") from error

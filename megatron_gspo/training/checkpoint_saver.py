@@ -14,7 +14,6 @@ needs CUDA. Writing, syncing and hashing leave Python's lock to the run, so a th
 from __future__ import annotations
 
 import io
-import re
 import shutil
 import threading
 import time
@@ -39,10 +38,8 @@ from megatron_gspo.training.assembly import Run
 from megatron_gspo.training.checkpoint import RANDOM, STATE, SavedState, logger, random_states, sharded_state
 from megatron_gspo.training.checkpoint_store import CheckpointStore, file_names, hash_files
 from megatron_gspo.training.guards import SkippedUpdates
+from megatron_gspo.training.main_rank_files import TORCH_COULD_NOT_WRITE, heard_by_all_ranks
 from megatron_gspo.types import TrainingFailedError, UserError
-
-#: Whether torch's writer of archives speaks, in a RuntimeError, which does not say what the operating system said.
-_TORCH_COULD_NOT_WRITE = re.compile("PytorchStreamWriter failed|inline_container")
 
 
 class SaveFailedError(TrainingFailedError):
@@ -131,8 +128,9 @@ class CheckpointSaver:
             return
         with self._failing(save.state.step):
             save.writer.join()
-            for finalize in save.request.finalize_fns:
-                finalize()  # raises on all ranks what any of them met while it wrote
+            with heard_by_all_ranks():
+                for finalize in save.request.finalize_fns:
+                    finalize()  # raises on all ranks what any of them met while it wrote
             hashes = _hashes_of_all_ranks(save.writer)
             on_main_rank(lambda: self._complete(save, hashes))
         if parallel.is_main_rank():
@@ -154,7 +152,8 @@ class CheckpointSaver:
         sharded = sharded_state(run.policy, is_loading=False)
         self._num_bytes = int(parallel.sum_over_all_ranks(torch.tensor(_bytes_written_here(sharded))))
         aside = on_main_rank(lambda: self._make_room(state.step))
-        request = dist_checkpointing.save(sharded, str(aside), async_sharded_save=True)
+        with heard_by_all_ranks():
+            request = dist_checkpointing.save(sharded, str(aside), async_sharded_save=True)
         assert request is not None, "Megatron returns what is left to do"
         generators = parallel.gather_objects(random_states())
         on_main_rank(lambda: _write_own_files(aside, state, generators))
@@ -180,7 +179,7 @@ class CheckpointSaver:
         try:
             yield
         except (OSError, UserError, CheckpointException, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not _TORCH_COULD_NOT_WRITE.search(str(error)):
+            if isinstance(error, RuntimeError) and not TORCH_COULD_NOT_WRITE.search(str(error)):
                 raise
             words = self._failure(step, error)
             if parallel.is_main_rank():
@@ -252,7 +251,7 @@ def _reason(error: BaseException) -> str:
         # The main rank has what each rank met; the others know only that some rank met something.
         met = [str(failure) for failure, _ in error.failures.values()]
         words = met[0].removeprefix("Worker failure: ") if met else "a rank could not write its part"
-    return "a file could not be written in full" if _TORCH_COULD_NOT_WRITE.search(words) else words
+    return "a file could not be written in full" if TORCH_COULD_NOT_WRITE.search(words) else words
 
 
 def _in_words(num_bytes: int) -> str:

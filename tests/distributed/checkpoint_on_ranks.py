@@ -117,23 +117,53 @@ def writers_held_back() -> Iterator[None]:
     released.set()
 
 
-def fail_to_save_beside_the_run(recipe: str, options: list[str], directory: str) -> str:
-    """Save step 1; then step 2 in the background, which the last rank's disk refuses; then step 3. The refusal's words."""
+def fail_to_save(recipe: str, options: list[str], directory: str) -> dict[str, str]:
+    """Save step 1; then step 2, of which a rank's disk refuses a file each time; then step 3. The refusals, by that file.
+
+    Refused is what the last rank writes, and each file that Megatron writes on the first rank alone.
+    """
     run = assembled(recipe, options)
     store = CheckpointStore(Path(directory))
     saver = CheckpointSaver(store, keep=2, in_background=True)
     saver.save(run, 1, SkippedUpdates(0), {"step": 1})
     saver.finish()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    saver.save(run, 2, SkippedUpdates(0), {"step": 2})
-    words = refusal_of(saver.finish)
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert store.steps() == [1], "seen by every rank"
+    world_size = torch.distributed.get_world_size()
+    refusals = {}
+    # torch opens common.pt unseen: it is the first file in the new directory.
+    for file, rank, event in (
+        (f"__{world_size - 1}_0.distcp", world_size - 1, "open"),
+        ("common.pt", 0, "os.mkdir"),
+        (".metadata", 0, "open"),
+        ("metadata.json", 0, "open"),
+    ):
+        named = ".step_2.part" if event == "os.mkdir" else file
+        with contextlib.ExitStack() as disk:
+            if torch.distributed.get_rank() == rank:
+                disk.enter_context(file_size_limited(event, named, 10))
+            refusals[file] = refusal_of(lambda: (saver.save(run, 2, SkippedUpdates(0), {"step": 2}), saver.finish()))
+        assert store.steps() == [1], "seen by every rank"
     saver.save(run, 3, SkippedUpdates(0), {"step": 3})
     saver.finish()
-    return words
+    return refusals
+
+
+@contextlib.contextmanager
+def file_size_limited(event: str, named: str, num_bytes: int) -> Iterator[None]:
+    """From the change that raises `event` on a path with `named` in it, until the end: no file beyond `num_bytes`.
+
+    Python ignores the signal that such a write raises, so the write fails; where that is undone it ends the process.
+    """
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    is_over = False
+
+    def limit(found: str, arguments: tuple[Any, ...]) -> None:
+        if not is_over and found == event and is_change(found, arguments) and named in str(arguments[0]):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+
+    sys.addaudithook(limit)  # hooks stay
+    yield
+    is_over = True
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def save_onto(recipe: str, directory: str, free: list[int], spare: str) -> list[str]:
@@ -188,8 +218,13 @@ def save_under_observation(recipe: str, directory: str) -> int:
     return num_changes
 
 
-def save_and_be_killed(recipe: str, options: list[str], directory: str, rank: int, event: str, named: str) -> None:
-    """Save steps 1 and 2; `rank` is killed in the second save where it raises `event` on a path that has `named` in it."""
+def save_and_be_killed(
+    recipe: str, options: list[str], directory: str, rank: int, event: str, named: str, after_bytes: int | None = None
+) -> None:
+    """Save steps 1 and 2; `rank` is killed in the second save where it raises `event` on a path that has `named` in it.
+
+    With `after_bytes` it is killed in the middle of a write, when from there on a file has grown by as many.
+    """
     run = assembled(recipe, options)
     store = CheckpointStore(Path(directory))
     save(run, store, 1)
@@ -198,9 +233,15 @@ def save_and_be_killed(recipe: str, options: list[str], directory: str, rank: in
         if found == event and is_change(found, arguments) and named in str(arguments[0]):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if torch.distributed.get_rank() == rank:
-        sys.addaudithook(kill_self)
-    save(run, store, 2)
+    with contextlib.ExitStack() as disk:
+        if torch.distributed.get_rank() == rank and after_bytes is None:
+            sys.addaudithook(kill_self)
+        elif torch.distributed.get_rank() == rank:
+            # The kernel ends a process that writes on at the limit, at once: it cannot be caught any more.
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            disk.enter_context(file_size_limited(event, named, after_bytes or 0))
+        save(run, store, 2)
 
 
 def is_change(event: str, arguments: tuple[Any, ...]) -> bool:

@@ -18,7 +18,6 @@ import multiprocessing.connection
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_gspo.launch import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -60,7 +61,7 @@ class RankPool:
             "arguments": arguments,
             "num_ranks": num_ranks,
             "timeout_s": timeout_s,
-            "port": _free_port(),
+            "port": free_port(),
         }
         self._forker.stdin.write(json.dumps(task) + "\n")
         self._forker.stdin.flush()
@@ -90,12 +91,6 @@ class RankPool:
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
             cwd=REPOSITORY,
         )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def fork_ranks(directory: Path) -> None:

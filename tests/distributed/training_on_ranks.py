@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import functools
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe, load_recipe
+from megatron_gspo.model.build import read_hf_config
 from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.policy_loss import group_advantages
 from megatron_gspo.training import optimizer
-from megatron_gspo.training.assembly import assemble, build_models, reinforcement_learning_rate
+from megatron_gspo.training.assembly import (
+    Run,
+    assemble,
+    build_models,
+    reinforcement_learning_rate,
+    with_clip_range,
+)
 from megatron_gspo.training.experience import Experience, pack_samples
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import learn
 from megatron_gspo.training.optimizer import TrainablePolicy, build_trainable_policy
+from megatron_gspo.training.routing import RoutingControl
 from megatron_gspo.training.warmstart import supervised_step
 from megatron_gspo.types import Group, Prompt, Response
 from tests.distributed.model_on_ranks import exported_gradients
@@ -38,18 +47,23 @@ def fresh_world(meeting_point: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(meeting_point, world_size), rank=rank, world_size=world_size)
 
 
-def learn_layouts_on_ranks(
-    recipe: str, layouts: dict[str, tuple[list[str], dict[str, list[str]]]], directory: str
-) -> dict[str, dict[str, Any]]:
-    """A step of each arm of each layout, by layout and arm, from the options of both; a layout may overrule an arm."""
+def learn_layouts_on_ranks(layouts: dict[str, dict[str, Any]], directory: str) -> dict[str, dict[str, Any]]:
+    """One step of each arm in each layout, by layout and arm.
+
+    A layout names its "recipe", its "options", and its "arms", each by the options that come before the layout's.
+    """
     optimizer.DistributedDataParallelConfig = functools.partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
     found = {}
-    for number, (name, (layout, arms)) in enumerate(layouts.items()):
+    for number, (name, layout) in enumerate(layouts.items()):
+        recipe, options = Path(layout["recipe"]), layout["options"]
         fresh_world(f"{directory}/world_of_{dist.get_world_size()}_{number}")
-        arrange(load_recipe(Path(recipe), layout))
+        arrange(load_recipe(recipe, options))
+        run = assemble(load_recipe(recipe, options))
         found[name] = {
-            arm: learn_from_fixed(load_recipe(Path(recipe), [*options, *layout])) for arm, options in arms.items()
+            arm: learn_from_fixed(run, load_recipe(recipe, [*of_arm, *options]))
+            for arm, of_arm in layout["arms"].items()
         }
+        run.close()
     return found
 
 
@@ -70,16 +84,26 @@ def arrange(recipe: Recipe) -> None:
     gc.freeze()  # what tests have imported is much, and stays
 
 
-def learn_from_fixed(loaded: Recipe) -> dict[str, Any]:
-    """Learn once from fixed responses; the step's metrics, the first update's gradients, and the weights at the end."""
-    run = assemble(loaded)
+def learn_from_fixed(assembled: Run, recipe: Recipe) -> dict[str, Any]:
+    """Learn once from fixed responses, with a policy of its own and `recipe`'s switches.
+
+    Returns:
+        The step's metrics, the first update's gradients, and the weights at the end.
+    """
+    recipe = with_clip_range(recipe)
+    models = build_models(recipe)
+    run = replace(
+        assembled,
+        recipe=recipe,
+        policy=build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe)),
+        rollouts=None,  # the responses are there already
+        routing=RoutingControl(models, recipe),
+    )
     gradients: dict[str, torch.Tensor] = {}
-    if not loaded.parallel.distributed_optimizer:  # with it a rank has the sum of its shard alone
-        keep_first_gradients(run.policy, gradients)
-    result = learn(run, fixed_experience(loaded, 1), 1, SkippedUpdates(0))
+    keep_first_gradients(run.policy, gradients)
+    result = learn(run, fixed_experience(recipe, 1), 1, SkippedUpdates(0))
     metrics = {name: value for name, value in result.metrics.items() if not name.startswith(UNTIMED)}
     weights = torch.cat([tensor.reshape(-1).clone() for _, tensor in export_hf_weights(run.policy.models)])
-    run.close()
     return {"metrics": metrics, "gradients": gradients, "weights": weights}
 
 
@@ -89,10 +113,22 @@ def keep_first_gradients(policy: TrainablePolicy, gradients: dict[str, torch.Ten
 
     def step() -> Any:
         policy.optimizer.step = take_step
+        for chunk in policy.chunks:
+            if chunk.ddp_config.use_distributed_optimizer:
+                gather_gradients(chunk)
         gradients.update(exported_gradients(policy.chunks))
         return take_step()
 
     policy.optimizer.step = step
+
+
+def gather_gradients(chunk: DistributedDataParallel) -> None:
+    """Put the summed gradients, of which a rank of the distributed optimizer has its shard alone, together everywhere."""
+    for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
+        for bucket in group.buckets:
+            shards = bucket.grad_data.chunk(group.intra_distributed_optimizer_instance_size)
+            own = shards[group.intra_distributed_optimizer_instance_rank].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=group.intra_distributed_optimizer_instance_group)
 
 
 def fixed_experience(recipe: Recipe, step: int) -> Experience:
@@ -112,19 +148,22 @@ def _group(recipe: Recipe, step: int, position: int) -> Group:
     rng = np.random.default_rng([step, position])
     prompt = Prompt(f"p{position}", tuple(rng.integers(0, 256, rng.integers(3, 9)).tolist()), "", "")
     rewards = rng.integers(0, 2, recipe.rollout.responses_per_prompt).astype(np.float32)
-    responses = tuple(_response(rng, prompt) for _ in rewards)
+    num_layers = read_hf_config(recipe.model.path).num_hidden_layers
+    responses = tuple(
+        _response(rng, prompt, int(rng.integers(2, recipe.rollout.max_response_tokens + 1)), num_layers)
+        for _ in rewards
+    )
     return Group(prompt, responses, rewards, group_advantages(rewards))
 
 
-def _response(rng: np.random.Generator, prompt: Prompt) -> Response:
-    length = int(rng.integers(2, 20))
-    # The rollout engine's routes: 2 of 4 experts in each of 4 MoE layers.
-    routed = rng.permuted(np.tile(np.arange(4), (len(prompt.token_ids) + length - 1, 4, 1)), axis=-1)[..., :2]
+def _response(rng: np.random.Generator, prompt: Prompt, length: int, num_layers: int) -> Response:
+    # The rollout engine's routes: 2 of 4 experts in each layer.
+    all_experts = np.tile(np.arange(4), (len(prompt.token_ids) + length - 1, num_layers, 1))
     return Response(
         prompt.id,
         rng.integers(0, 256, length),
         np.full(length, -5.5, dtype=np.float32),
         "stop",
         weight_version=0,
-        routed_experts=routed.astype(np.uint8),
+        routed_experts=rng.permuted(all_experts, axis=-1)[..., :2].astype(np.uint8),
     )

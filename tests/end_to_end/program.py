@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from megatron_gspo.launch import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -64,7 +65,7 @@ class Program:
         request = {
             "arguments": [str(argument) for argument in arguments],
             "num_ranks": num_ranks,
-            "port": _free_port(),
+            "port": free_port(),
             "output": str(output),
         }
         return Run(self, self._ask(request)["pids"], output)
@@ -131,12 +132,6 @@ class Run:
 
     def _said(self, stream: str) -> str:
         return "".join((self._output / f"{stream}{rank}").read_text() for rank in range(len(self._pids)))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def fork_runs() -> list[str] | None:

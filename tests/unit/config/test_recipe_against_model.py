@@ -47,6 +47,11 @@ DENSE = {"model_type": "qwen3", "num_experts": None, "num_experts_per_tok": None
             ["parallel.expert_tensor is 16", "moe_intermediate_size (24)"],
         ),
         (
+            ["parallel.expert_tensor=4", "model.spec=local", "training.mini_batches=1"],
+            {},
+            ["parallel.expert_tensor is 4", "a multiple of 8 in bfloat16", "moe_intermediate_size (24)"],
+        ),
+        (
             ["rollout.max_response_tokens=4000"],
             {},
             ["rollout.max_response_tokens is 4000", "max_prompt_tokens (1024)", "max_position_embeddings (4096)"],

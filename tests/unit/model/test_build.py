@@ -16,20 +16,24 @@ from tests.tiny_models import dense_config, model_section, moe_config
 @pytest.mark.parametrize(
     ("config", "layout", "message"),
     [
-        (moe_config(), {"tensor": 3}, r"parallel\.tensor is 3, .*num_attention_heads, 4"),
+        (moe_config(), {"tensor": 3}, r"parallel\.tensor is 3; .*num_attention_heads \(4\)"),
         (
             moe_config(num_attention_heads=12, num_key_value_heads=4, vocab_size=66),
             {"tensor": 6, "expert_tensor": 1},
-            r"parallel\.tensor is 6, .*num_key_value_heads, 4",
+            r"parallel\.tensor is 6; .*num_key_value_heads \(4\)",
         ),
-        (dense_config(intermediate_size=49), {"tensor": 2}, r"parallel\.tensor is 2, .*intermediate_size, 49"),
-        (moe_config(vocab_size=63), {"tensor": 2}, r"parallel\.tensor is 2, .*vocab_size, 63"),
-        (moe_config(), {"expert": 3}, r"parallel\.expert is 3, .*num_experts, 8"),
-        (moe_config(), {"pipeline": 3}, r"parallel\.pipeline.* is 3, .*num_hidden_layers, 4"),
-        (moe_config(), {"pipeline": 2, "virtual_pipeline": 4}, r"virtual_pipeline is 8, .*num_hidden_layers, 4"),
+        (dense_config(intermediate_size=49), {"tensor": 2}, r"parallel\.tensor is 2; .*intermediate_size \(49\)"),
+        (moe_config(vocab_size=63), {"tensor": 2}, r"parallel\.tensor is 2; .*vocab_size \(63\)"),
+        (moe_config(), {"expert": 3}, r"parallel\.expert is 3; .*num_experts \(8\)"),
+        (moe_config(), {"pipeline": 3}, r"parallel\.pipeline is 3; .*num_hidden_layers \(4\)"),
+        (moe_config(), {"pipeline": 2, "virtual_pipeline": 4}, r"virtual_pipeline is 4; .*a pipeline rank's 2 layers"),
         (moe_config(), {"virtual_pipeline": 2}, r"virtual_pipeline above 1 needs parallel\.pipeline above 1"),
-        (moe_config(), {"expert_tensor": 8}, r"moe_intermediate_size / 8 is 2, .*multiple of 4"),
-        (dense_config(), {"expert": 2}, r"parallel\.expert is 2, but a qwen3 model has no experts"),
+        (
+            moe_config(),
+            {"expert_tensor": 8},
+            r"expert_tensor is 8; .*multiple of 4 in float32 .*moe_intermediate_size \(16\)",
+        ),
+        (dense_config(), {"expert": 2}, r"parallel\.expert is 2; accepted: 1 for a dense model"),
     ],
 )
 def test_sizes_that_do_not_divide_the_model_are_refused(
