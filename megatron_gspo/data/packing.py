@@ -92,20 +92,10 @@ def pack(
     assert pad_to_multiple % pad_segments_to_multiple == 0, "or the padding at the end would be no whole segment"
     prompt_lengths = np.array([len(sample.prompt_token_ids) for sample in samples], dtype=np.int64)
     response_lengths = np.array([len(sample.response_token_ids) for sample in samples], dtype=np.int64)
-    assert (prompt_lengths > 0).all(), "a response's first token is predicted by its prompt's last"
     is_sampled = [_is_sampled(sample) for sample in samples]
-    sampled_lengths = np.array([int(mask.sum()) for mask in is_sampled], dtype=np.int64)
-    assert (sampled_lengths > 0).all(), "a response has at least one sampled token"
-    assert all(len(s.behaviour_log_probs) == len(s.response_token_ids) for s in samples), (
-        "one log-prob a response token"
-    )
 
     sample_lengths = prompt_lengths + response_lengths
-    segment_lengths = -(-sample_lengths // pad_segments_to_multiple) * pad_segments_to_multiple
-    wanted = int(segment_lengths.sum()) if samples else _FEWEST_TOKENS
-    at_the_end = -(-wanted // pad_to_multiple) * pad_to_multiple - int(segment_lengths.sum())
-    if at_the_end:
-        segment_lengths = np.append(segment_lengths, at_the_end)
+    segment_lengths = _segment_lengths(sample_lengths, pad_segments_to_multiple, pad_to_multiple)
     segment_ends = np.cumsum(segment_lengths)
 
     starts = (segment_ends - segment_lengths)[: len(samples)]
@@ -132,7 +122,9 @@ def pack(
         max_segment_tokens=int(segment_lengths.max()),
         predicting_positions=tensor(_count_up(starts + prompt_lengths - 1, response_lengths)[learned], torch.int64),
         target_token_ids=tensor(of_learned([s.response_token_ids for s in samples], np.int64), torch.int64),
-        response_cu_seqlens=tensor(np.concatenate([[0], np.cumsum(sampled_lengths)]), torch.int64),
+        response_cu_seqlens=tensor(
+            np.concatenate([[0], np.cumsum([s.num_sampled_tokens for s in samples])]), torch.int64
+        ),
         sample_indices=tuple(sample.index for sample in samples),
         advantages=tensor(_advantages(samples, is_sampled), torch.float32),
         behaviour_log_probs=tensor(of_learned([s.behaviour_log_probs for s in samples], np.float32), torch.float32),
@@ -145,8 +137,19 @@ def _staleness(sample: Sample) -> np.ndarray:
     return np.zeros(len(sample.response_token_ids), np.int64) if sample.staleness is None else sample.staleness
 
 
+def _segment_lengths(sample_lengths: np.ndarray, pad_segments_to_multiple: int, pad_to_multiple: int) -> np.ndarray:
+    """[N], and one more where padding alone is needed at the end: each sample's tokens with those that fill its segment up."""
+    segment_lengths = -(-sample_lengths // pad_segments_to_multiple) * pad_segments_to_multiple
+    wanted = int(segment_lengths.sum()) if len(sample_lengths) else _FEWEST_TOKENS
+    at_the_end = -(-wanted // pad_to_multiple) * pad_to_multiple - int(segment_lengths.sum())
+    return np.append(segment_lengths, at_the_end) if at_the_end else segment_lengths
+
+
 def _is_sampled(sample: Sample) -> np.ndarray:
-    """[response] bool."""
+    """[response] bool, of a sample that can be learned from."""
+    assert len(sample.prompt_token_ids) > 0, "a response's first token is predicted by its prompt's last"
+    assert sample.num_sampled_tokens > 0, "a response has at least one sampled token"
+    assert len(sample.behaviour_log_probs) == len(sample.response_token_ids), "one log-prob a response token"
     return np.ones(len(sample.response_token_ids), dtype=bool) if sample.is_sampled is None else sample.is_sampled
 
 

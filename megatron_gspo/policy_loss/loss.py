@@ -44,6 +44,7 @@ from megatron_gspo.policy_loss.base import Objective, ObjectiveInputs, PolicyLos
 from megatron_gspo.policy_loss.finite import abs_max, refuse_non_finite
 from megatron_gspo.policy_loss.kl import KLEstimator, kl_per_token
 from megatron_gspo.policy_loss.metrics import (
+    Metric,
     importance_metrics,
     mean_metric,
     ratio_maxima,
@@ -90,12 +91,9 @@ def policy_loss(
     chosen = resolve_objective(objective) if isinstance(objective, str) else objective
     segments = Segments(cu_seqlens, num_tokens=len(log_probs))
     log_probs = log_probs.to(torch.promote_types(log_probs.dtype, torch.float32))
-    given = {
-        "old log-prob": old_log_probs,
-        "advantage": advantages,
-        "reference log-prob": reference_log_probs,
-        "behaviour log-prob": behaviour_log_probs if truncated_importance_cap is not None else None,
-    }
+    given = {"old log-prob": old_log_probs, "advantage": advantages, "reference log-prob": reference_log_probs}
+    if truncated_importance_cap is not None:
+        given["behaviour log-prob"] = behaviour_log_probs
     constants = {name: values.detach().to(log_probs.dtype) for name, values in given.items() if values is not None}
     _check_shapes(chosen, log_probs, constants, segments)
     ratios = ImportanceRatios(log_probs, constants["old log-prob"], segments)
@@ -104,12 +102,8 @@ def policy_loss(
     clip_range = chosen.clip_range(clip_low, clip_high, dual_clip)
     surrogate = chosen.surrogate(ObjectiveInputs(ratios, constants["advantage"], clip_range))
     weighting = make_aggregation(aggregation, segments, log_probs.dtype, num_sequences, num_tokens, constant_length)
-    values, metrics = surrogate.values, {}
-    if truncated_importance_cap is not None:
-        behaviour, unit = constants["behaviour log-prob"], chosen.ratio_unit or chosen.unit
-        importance = truncated_importance(ratios.old_log_probs, behaviour, segments, unit, truncated_importance_cap)
-        values = values * importance.of(chosen.unit)
-        metrics = importance_metrics(*importance.of_tokens())
+    behaviour, cap = constants.get("behaviour log-prob"), truncated_importance_cap
+    values, metrics = _weighted_by_importance(surrogate.values, chosen, ratios, behaviour, cap)
     policy_sum = -weighting.weighted_sum(values, chosen.unit)
     loss = policy_sum / weighting.denominator
     metrics |= {"loss/policy": mean_metric(policy_sum, weighting.share)}
@@ -122,6 +116,22 @@ def policy_loss(
             loss = loss + kl_coefficient * kl_sum / weighting.denominator
     metrics |= ratio_metrics(ratios) | surrogate_metrics(surrogate, chosen.unit, segments)
     return PolicyLossOutput(loss, metrics, ratio_maxima(ratios))
+
+
+def _weighted_by_importance(
+    values: torch.Tensor,
+    objective: Objective,
+    ratios: ImportanceRatios,
+    behaviour_log_probs: torch.Tensor | None,
+    cap: float | None,
+) -> tuple[torch.Tensor, dict[str, Metric]]:
+    """The surrogate's values, weighted where there is a cap, and what is measured of the weights."""
+    if cap is None:
+        return values, {}
+    assert behaviour_log_probs is not None, "truncated importance weights need the engine's log-probs"
+    unit = objective.ratio_unit or objective.unit
+    importance = truncated_importance(ratios.old_log_probs, behaviour_log_probs, ratios.segments, unit, cap)
+    return values * importance.of(objective.unit), importance_metrics(*importance.of_tokens())
 
 
 def _check_shapes(

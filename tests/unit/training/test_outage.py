@@ -67,7 +67,11 @@ def recipe(tmp_path: Path) -> Recipe:
         training={"steps": 2},
         routing={"measure": False},
         evaluation={"every": 1, "prompts": 2, "samples_per_prompt": 2},
-        reward={"name": "tests.end_to_end.length_reward:even_length"},
+        environment={
+            "name": "tests.unit.rollout.talkative:Talkative",
+            "max_turns": 2,
+            "max_observation_tokens": 8,
+        },
     )
 
 
@@ -76,8 +80,9 @@ def test_a_run_that_lost_its_engine_is_the_run_that_never_did(
 ):
     outage_at(0)
     assert train(recipe, tmp_path / "uninterrupted")
-    # One call each: evaluation 0, step 1, evaluation 1, step 2, evaluation 2.
-    for call, step, owes_evaluation in ((1, 0, True), (4, 1, False), (5, 2, True)):
+    assert lines_of(tmp_path / "uninterrupted")[1]["grad_norm"] > 0, "there is something to learn"
+    # Two calls each, one a turn: evaluation 0, step 1, evaluation 1, step 2, evaluation 2.
+    for call, step, owes_evaluation in ((2, 0, True), (8, 1, False), (10, 2, True)):
         run = tmp_path / f"outage_{call}"
         outage_at(call)
         capsys.readouterr()
