@@ -216,8 +216,19 @@ def wait_for(condition, what: str, timeout_s: float = BRING_UP_S, every_s: float
 
 
 def job_details(job: str) -> dict[str, str]:
-    """What `scontrol` knows of a job: `JobState`, `Restarts`, ..."""
-    return dict(re.findall(r"(\S+?)=(\S*)", run("scontrol", "show", "job", job)))
+    """What `scontrol` knows of a job: `JobState`, `Restarts`, ...
+
+    Asked again where there is none: a task of an array is lost for a moment when it becomes a job by itself.
+    """
+    said = ""
+
+    def is_found() -> bool:
+        nonlocal said
+        said = run("scontrol", "show", "job", job, check=False)
+        return "JobState=" in said
+
+    wait_for(is_found, f"job {job} to be known")
+    return dict(re.findall(r"(\S+?)=(\S*)", said))
 
 
 if __name__ == "__main__":
