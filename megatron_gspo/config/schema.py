@@ -111,8 +111,9 @@ class ObjectiveSection(Section):
     advantage_normalization: Literal["std", "none"] = "std"
     """Divide a group's centred rewards by their standard deviation (eq. 7), or not."""
     truncated_importance_cap: Annotated[float, Field(ge=1.0)] | None = None
-    """Multiply what a token adds to the loss by min(π_trainer / π_engine, this), both at the weights that sampled it; null
-    multiplies by nothing. A response's ratio has one weight a response. Needs `rollout.old_log_probs: trainer`; 2 is usual."""
+    """Multiply what a token adds to the loss by min(π_old / π_engine, this), as the trainer recomputed it and as the engine
+    sampled it; null multiplies by nothing. A response's ratio has one weight a response. Needs `rollout.old_log_probs: trainer`;
+    2 is usual."""
     kl_coefficient: NonNegativeFloat = 0.0
     """Weight of the KL penalty to the reference policy (the weights the run started from); 0 builds no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

@@ -4,7 +4,7 @@ The engine computes the same policy with other kernels, and in other precision p
 behaviour policy π_engine that is not the π_old which importance ratios are taken against. Each term of the objective is
 multiplied by the constant
 
-    min(π_old / π_engine, C)          π_old recomputed by the trainer, π_engine as the engine sampled, at the same weights
+    min(π_old / π_engine, C)          π_old recomputed by the trainer, π_engine as the engine sampled
 
 (Yao et al., 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"; verl's `rollout_is_threshold`
 and slime's `tis_clip` are this C). The trust region keeps its own ratio π_θ / π_old: what the engine rounds differently
@@ -14,7 +14,8 @@ itself.
 
 In: both log-probs of each token. Out: a weight a token where the objective has token ratios (eq. 3), else one a response,
 length-normalised as s_i is (eq. 8): a weight a token would undo what GSPO is for, all tokens of a response alike (eq. 11).
-The cap bounds weights from above only, because only those can blow a gradient up.
+The cap bounds weights from above only, because only those can blow a gradient up. Tokens that earlier weights sampled
+(`Response.earlier`) are corrected for those as well.
 """
 
 from __future__ import annotations

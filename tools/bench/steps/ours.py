@@ -14,7 +14,7 @@ from megatron_gspo.data.packing import pack
 from megatron_gspo.training.assembly import assemble
 from megatron_gspo.training.forward import token_log_probs
 from megatron_gspo.training.guards import SkippedUpdates
-from megatron_gspo.training.loop import Run, collect_step_experience, learn
+from megatron_gspo.training.loop import Run, learn
 from megatron_gspo.types import Prompt, Sample
 from tools.bench import steps
 from tools.bench.steps.turns import Told
@@ -57,7 +57,7 @@ def main(checkpoint: str, measure: str) -> None:
 
     def step() -> int:
         number = next(count)
-        experience = collect_step_experience(run, number)
+        experience = run.collector.collect(number, run.policy.version)
         learn(run, experience, number, skipped)
         return sum(
             len(group.prompt.token_ids) + len(response.token_ids)
