@@ -170,7 +170,7 @@ CLAIMS = (
         "About 10% of the activated experts change after one update",
         "§5.3",
         "mean change rate after the first update of a step, GRPO at the common rate, deepest model. reproduced: the interval "
-        "lies within 5% to 20%; not reproduced: outside; else not testable. At least two replicates",
+        "lies within 5% to 20%; not reproduced: outside; else not testable. At least four replicates",
         ("common", "depth"),
         ten_percent_change,
     ),
@@ -179,7 +179,7 @@ CLAIMS = (
         "More change in deeper models (2, 4, 8, 16 layers)",
         "§5.3",
         "slope of log₂ of that rate over log₂ of the depth, replicates that every depth has. reproduced: the interval lies "
-        "above 0; not reproduced: below; else not testable. At least two replicates",
+        "above 0; not reproduced: below; else not testable. At least four replicates",
         ("common", "depth"),
         more_change_in_deeper_models,
     ),

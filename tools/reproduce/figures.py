@@ -271,6 +271,7 @@ def _engine(results: Results, answers: dict[str, Answer]) -> tuple[Figure, Pictu
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend(fontsize=6)
     right.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    right.margins(y=0.2)
     right.set_ylim(bottom=0)
     right.set(xscale="log", xlabel="lower clip range over the mismatch's spread", ylabel="clipped tokens, share")
     caption = (

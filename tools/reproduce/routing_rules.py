@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tools.reproduce.answers import MIN_COLD_STARTS, Answer, Verdict, shown, too_few
+from tools.reproduce.answers import Answer, Verdict, shown, too_few
 from tools.reproduce.intervals import Estimate, mean_of, ratio_of_means, slope
 from tools.reproduce.measure import Results, paired
 from tools.reproduce.study import MODELS, Replicate
@@ -16,6 +16,7 @@ TWO_ORDERS = (30.0, 300.0)
 ABOUT_TEN_PERCENT = (0.05, 0.20)
 LEAST_ROUTING_SHARE = 0.10
 HARDLY = 0.5
+MIN_DEPTH_REPLICATES = 4  # of each depth; two of each cold start
 
 
 def clip_ratio(
@@ -90,15 +91,15 @@ def change_by_depth(results: Results, metric: str = AFTER_ONE) -> dict[int, dict
 
 
 def _paired_depths(results: Results) -> dict[int, list[float]]:
-    """The same of the replicates that every depth of the study has; empty while there are fewer than two."""
+    """The same of the replicates that every depth of the study has; empty while there are too few."""
     rates = change_by_depth(results)
     common = set.intersection(*(set(found) for found in rates.values())) if rates else set()
-    if len(rates) <= len(results.experiments["depth"].models) or len(common) < MIN_COLD_STARTS:
+    if len(rates) <= len(results.experiments["depth"].models) or len(common) < MIN_DEPTH_REPLICATES:
         return {}
     return {layers: [found[key] for key in sorted(common)] for layers, found in rates.items()}
 
 
-TOO_FEW_DEPTHS = "fewer than two replicates have run at every depth"
+TOO_FEW_DEPTHS = f"fewer than {MIN_DEPTH_REPLICATES} replicates have run at every depth"
 
 
 def ten_percent_change(results: Results) -> Answer:

@@ -1,7 +1,8 @@
 """What the study runs. It was written down before the results, and so were the rules in `claims.py`.
 
 Changed after the first runs: R3 is compared with a bfloat16 engine, because with a float32 one its first two runs had been
-R2's bit for bit; and after one replicate had run, a difference that lies between 0 and the margin counts as none.
+R2's bit for bit; after one replicate had run, a difference that lies between 0 and the margin counts as none; and after two
+replicates of three depths, depth asks for four.
 
 A run is a model, a cold start of it, an arm, a learning rate and a seed. Runs of one seed and cold start see the same
 prompts in every arm, so arms are compared in pairs. A replicate is a (seed, cold start); both are what chance decides.
@@ -211,5 +212,5 @@ FULL = (
 QUICK = (
     replace(FULL[0], arms=("gspo", "grpo", "grpo_r2"), replicates=_paired()[:5], waves=(5,)),
     replace(FULL[1], arms=("gspo_bf16", "gspo_engine"), replicates=_paired()[:5], waves=(0, 5)),
-    replace(FULL[3], models=("moe_2", "moe_4"), replicates=_paired()[:2], waves=(0, 0, 2)),
+    replace(FULL[3], models=("moe_2", "moe_4"), replicates=_paired()[:4], waves=(0, 0, 4)),
 )

@@ -35,7 +35,7 @@ def test_the_results_say_what_ran_and_answer_every_part(tmp_path: Path, capsys: 
             write_finished(tmp_path / "study", spec, 0.7 if spec.arm == "gspo" else 0.6)
     write_results(QUICK, tmp_path / "study", "bash tools/reproduce.sh --quick", tmp_path / "docs")
     text = (tmp_path / "docs" / "RESULTS.md").read_text()
-    assert "**Unfinished: 4 of 29 runs have ended.**" in text
+    assert "**Unfinished: 4 of 33 runs have ended.**" in text
     assert "| 1b | GSPO is more efficient than GRPO at a common learning rate" in text
     assert "2 of 5 replicates" in text
     assert "bash tools/reproduce.sh --quick" in text
