@@ -14,7 +14,6 @@ its way the next one is exported.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import threading
@@ -34,6 +33,7 @@ from megatron_gspo.rollout.sglang_http import (
 from megatron_gspo.rollout.sglang_memory import RELEASED
 from megatron_gspo.rollout.weight_sync_buckets import Bucket, pack
 from megatron_gspo.rollout.weight_sync_servers import ServerGroup
+from megatron_gspo.types import UserError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -115,7 +115,6 @@ class WeightBroadcaster:
             outgoing.is_given_up = not outgoing.is_whole
             refusal = sent.result()
         if refusal is not None:
-            outgoing.is_whole = False  # nobody is to be brought up to date with them
             raise refusal
 
     def take_fault(self, url: str) -> ServerFaultError | None:
@@ -148,28 +147,28 @@ class WeightBroadcaster:
                     async with self._busy:
                         await self._bring_up_to_date()
 
-        with contextlib.suppress(asyncio.CancelledError):
-            self._loop.run_until_complete(look_after())
+        self._loop.run_until_complete(look_after())
         self._loop.close()
 
     async def _send_to_all(self, outgoing: _Outgoing) -> RequestRefusedError | None:
-        """Send what comes to all servers, and let the lock go that `publish` took."""
+        """Send what comes to all servers, and let the lock go that `publish` took. Returns a server's refusal."""
         together = [self._urls] if self._backend == "nccl" else [(url,) for url in self._urls]
         try:
             results = await asyncio.gather(
                 *(self._send_or_fault(urls, self._backend, outgoing) for urls in together), return_exceptions=True
             )
+            refusal = next((result for result in results if isinstance(result, RequestRefusedError)), None)
+            if refusal is not None:
+                outgoing.is_whole = False  # nobody is to be brought up to date with them
+            self._faults = {}
+            for urls, result in zip(together, results, strict=True):
+                if isinstance(result, ServerFaultError):
+                    self._faults |= dict.fromkeys(urls, result)
+                elif result is not None and not isinstance(result, RequestRefusedError):
+                    raise result
         finally:
             self._busy.release()
-        self._faults = {}
-        for urls, result in zip(together, results, strict=True):
-            if isinstance(result, RequestRefusedError):
-                return result
-            if isinstance(result, ServerFaultError):
-                self._faults |= dict.fromkeys(urls, result)
-            elif result is not None:
-                raise result
-        return None
+        return refusal
 
     async def _bring_up_to_date(self) -> None:
         outgoing = self._outgoing
@@ -194,7 +193,7 @@ class WeightBroadcaster:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
                 await self._http.ask(url, "/health")
                 found = await weight_label(self._http, url)
-        except (ServerFaultError, TimeoutError):
+        except (ServerFaultError, TimeoutError, UserError):  # whoever asks it for something says so
             return False
         return found != label and not str(found).endswith(RELEASED)
 
