@@ -3,7 +3,8 @@
 In: a recipe, and a directory that all of the job's machines see and only its owner can enter. `key` lies in it, which
 whoever starts the job has made. Out: `rollout.sglang.num_servers` servers on this machine's private address, and, once
 all of them answer, their URLs in `servers_MACHINE_of_MACHINES.json`. They serve until the key is gone: the end of a job is
-told so, because the signals that SLURM sends reach the servers' machines too while ranks still finish a step with them.
+told so, because SLURM's signals to a job reach this process too while ranks may still finish a step. SGLang's processes do
+end on SIGTERM, and are started again like any that die.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def serve(recipe: Recipe, directory: Path, log_dir: Path, node: Node, *, on_cpu:
     logs = log_dir / f"machine_{node.index}"
     logs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes begin without
-    # Blocked here, these are in the servers and in all that those start.
+    # SLURM sends these to all processes of a job; this one is to outlive them.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     servers = SglangServers(section, model_to_serve(recipe, on_cpu=on_cpu), logs, key_file=directory / KEY_NAME)
     threading.Thread(target=_interrupt_without_key, args=(directory,), name="end of the job", daemon=True).start()

@@ -172,7 +172,7 @@ def compare_arms_and_seeds(cluster: Cluster, recipe: Path) -> Array:
 
 @dataclass(frozen=True)
 class Served:
-    """Sampled from an SGLang server on a node of its own, and cancelled in the middle of a step."""
+    """Sampled from an SGLang server on a node of its own, and told to save in the middle of a step."""
 
     run: Submitted
     files: dict[str, int]  # what lay in its servers' directory while it ran, with the mode
@@ -184,7 +184,7 @@ def sample_from_another_node(cluster: Cluster, recipe: Path) -> Served:
     served = submit(
         recipe.parent / "served",
         recipe.parent / "sglang.yaml",
-        f"slurm.sbatch_options={UNDISTURBED}",
+        *("slurm.max_requeues=0", f"slurm.sbatch_options={UNDISTURBED}"),
         *("--nodes", 2, "--rollout-nodes", 1),
         hold_at=1,
     )
@@ -192,11 +192,10 @@ def sample_from_another_node(cluster: Cluster, recipe: Path) -> Served:
     private = served.directory.parent / ".served.servers"
     files = {path.name: path.stat().st_mode & 0o777 for path in private.iterdir()}
     mode, key = private.stat().st_mode & 0o777, (private / "key").read_text()
-    run("scancel", served.job)
-    served.wait_until_it_says("asked to end")
+    run("scancel", "--batch", "--signal=USR1", served.job)
+    served.wait_until_it_says("asked to save and stop")
     served.release()
-    served.wait_for_end("CANCELLED")
-    wait_for(lambda: served.events()[-1] == "ended", "the batch script to end", NEVER_S)
+    served.wait_for_end("FAILED")
     wait_for(lambda: not private.exists(), "the servers' directory to go", NEVER_S)
     return Served(served, files, mode, key)
 

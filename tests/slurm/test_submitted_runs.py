@@ -269,11 +269,11 @@ def test_where_jobs_may_not_requeue_a_run_goes_on_as_another_and_the_comparison_
 
 
 def test_ranks_sample_from_a_server_on_a_node_of_its_own(served: Served):
-    # Cancelled in step 2, it finished that step, for which it needs the server, and saved.
+    # Told to save in step 2, it finished that step, for which it needs the server.
     assert [line["step"] for line in served.run.lines()] == [0, 1, 2]
     assert all(line["mismatch/log_prob_abs_mean"] < 1e-4 for line in served.run.lines()[1:])
     assert served.run.newest_checkpoint() == 2
-    assert served.run.events() == ["started", "ended"]
+    assert served.run.events() == ["started", "stopped", "gave_up"]
     assert "1 nodes (of node[1-2]), 1 ranks each" in served.run.log()
 
 
