@@ -124,6 +124,7 @@ class _TokenLogProbs(torch.autograd.Function):
                 chunk = slice(start, min(start + chunk_tokens, len(targets)))
                 logits = _scaled_logits(hidden[chunk], rows, temperature)
                 statistics.set_chunk(chunk, logits, *shard.locate(targets[chunk]), with_entropy)
+                del logits  # or it would still be there while the next chunk's are made
         statistics.reduce(shard.group)
 
         log_normalizer = statistics.maximum + statistics.sum_exp.log()
@@ -177,6 +178,7 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_weight is not None:
                 products = grad_weight[: ctx.shard.num_rows]
                 _add_product(products, grad_logits.t(), hidden_chunk.to(rows.dtype), overwrite=start == 0)
+            del grad_logits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
 
 

@@ -100,7 +100,11 @@ class Bench:
         Every side runs once before the clock starts. `rounds` is the command line's where it is None; `clock` gives
         seconds, this process's time on processors or another's.
         """
-        seconds = alternate(dict(sides) | machine_probes(), self.rounds if rounds is None else rounds, clock)
+        rounds = self.rounds if rounds is None else rounds
+        if clock is time.process_time:
+            seconds = alternate(dict(sides) | machine_probes(), rounds, clock)
+        else:  # which does not tell what this process computes
+            seconds = alternate(sides, rounds, clock) | alternate(machine_probes(), rounds)
         for probe in machine_probes():
             swing = max(seconds[probe]) / min(seconds.pop(probe))
             self.result.swing[probe] = max(swing, self.result.swing.get(probe, 1.0))

@@ -8,11 +8,11 @@ cd "$(dirname "$0")/../.."
 directory="${1:-.venv-peers}"
 python3 -m venv "$directory"
 pip="$directory/bin/pip"
-"$pip" install -q torch==2.13.0 transformers==5.23.0 numpy==2.4.6 accelerate datasets trl==1.16.0
+"$pip" install -q torch==2.13.0 transformers==5.23.0 numpy==2.4.6 accelerate==1.15.0 datasets==5.2.0 trl==1.16.0
 # verl and megatron-core without their requirements: of verl its loss functions are called and nothing is trained, and
 # what those import is listed here.
 "$pip" install -q --no-deps verl==0.9.1 megatron-core==0.16.1
-"$pip" install -q ray omegaconf hydra-core tensordict==0.10.0 codetiming pandas orjson
+"$pip" install -q ray==2.60.0 omegaconf==2.3.1 hydra-core==1.3.8 tensordict==0.10.0 codetiming==1.4.0 pandas==3.1.1 orjson==3.13.0
 # What this project imports beyond the above.
 "$pip" install -q -c constraints.txt pydantic PyYAML rich tensorboard plotly Jinja2 math-verify httpx safetensors
 "$directory/bin/python" -c "import trl, verl.trainer.ppo.core_algos, verl.utils.experimental.torch_functional"

@@ -2,7 +2,7 @@
 
 The same tiny Qwen3-MoE from the same checkpoint, the same prompts, lengths, group size, precision and clip range, on one
 thread. Each system runs in its own process and environment, and they take turns step by step; processor time is that of
-the process. Responses are sampled, so steps are compared by their tokens a second, prompts and responses together.
+the process. Routes are not measured, as TRL does not. Responses are sampled, so steps are compared by their tokens a second, prompts and responses together.
 """
 
 from __future__ import annotations
@@ -20,24 +20,21 @@ from tools.bench.steps.turns import Teller
 
 
 def measure(bench: Bench) -> None:
-    """Speed and memory, with this project's measurement of routes and without it."""
+    """Speed and memory."""
     peers = os.environ["MEGATRON_GSPO_PEERS_PYTHON"]
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = Path(directory)
         models.write_checkpoint(checkpoint)
         sides = {
-            "ours": Teller(sys.executable, "tools.bench.steps.ours", checkpoint, "false"),
-            "measuring": Teller(sys.executable, "tools.bench.steps.ours", checkpoint, "true"),
+            "ours": Teller(sys.executable, "tools.bench.steps.ours", checkpoint),
             "TRL": Teller(peers, "tools.bench.steps.trls", checkpoint),
         }
         probes = {name: torch.tensor(side.probe) for name, side in sides.items()}
         bench.same("log-probs of a fixed sequence", probes["ours"], probes["TRL"], tolerance=1e-4)
         speeds = tokens_per_second(sides, bench.rounds)
         peaks = {name: side.finish() for name, side in sides.items()}
-    for name, aim in (("ours", 3.0), ("measuring", None)):
-        ratios = [mine / theirs for mine, theirs in zip(speeds[name], speeds["TRL"], strict=True)]
-        called = "ours" if name == "ours" else "ours with routing.measure"
-        bench.figure(f"tokens a second: {called} / TRL", ratios, better="higher", aim=aim)
+    ratios = [ours / theirs for ours, theirs in zip(speeds["ours"], speeds["TRL"], strict=True)]
+    bench.figure("tokens a second: ours / TRL", ratios, better="higher", aim=3.0)
     bench.figure("peak resident memory: ours / TRL", [peaks["ours"] / peaks["TRL"]], better="lower", aim=0.5)
 
 

@@ -1,4 +1,4 @@
-"""This project's step: `python -m tools.bench.steps.ours CHECKPOINT MEASURE`, told by `turns.Teller`."""
+"""This project's step: `python -m tools.bench.steps.ours CHECKPOINT`, told by `turns.Teller`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reward(prompt: Prompt, response_text: str, finished: bool) -> float:
     return steps.score(response_text)
 
 
-def main(checkpoint: str, measure: str) -> None:
+def main(checkpoint: str) -> None:
     """Build a run and make steps of it."""
     told = Told()
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def main(checkpoint: str, measure: str) -> None:
             f"data.train={problems}",
             "data.eval=null",
             "reward.name=tools.bench.steps.ours:reward",
-            f"routing.measure={measure}",
+            "routing.measure=false",
             f"rollout.responses_per_prompt={steps.RESPONSES_PER_PROMPT}",
             f"rollout.max_response_tokens={steps.MAX_RESPONSE_TOKENS}",
             f"training.prompts_per_step={steps.PROMPTS}",
