@@ -130,8 +130,8 @@ class WeightBroadcaster:
         """End the groups, at the servers too, and the thread. Closing twice is allowed."""
         if self._closed:
             return
-        self._closed = True
         self._run(self._leave_all()).result()
+        self._closed = True  # only now: the thread, whose loop has just done this, ends when it sees it
         self._thread.join()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> Any:
