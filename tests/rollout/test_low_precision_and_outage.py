@@ -35,7 +35,7 @@ STEPS, PROMPTS_PER_STEP = 6, 4
 
 @pytest.fixture(scope="module")
 def bfloat16_host(recipe: Recipe) -> Iterator[ServerHost]:
-    started = ServerHost(with_sglang(recipe, dtype="bfloat16"), on_cpu=True)
+    started = ServerHost(with_sglang(recipe, dtype="bfloat16", num_servers=1), on_cpu=True)
     yield started
     started.close()
 
