@@ -9,8 +9,8 @@ Out: a server. It is started as a script by path, so it imports nothing of megat
   its arguments at its start (srt/entrypoints/engine.py), so the key is taken out of what it logs;
 - ends with the trainer, whatever ended that: standard input is then at its end, and the whole process group is killed;
 - runs on a machine without CUDA (SGLANG_USE_CPU_ENGINE=1), for which SGLang 0.5.21's packages need three adaptations,
-  each described where it is made. They stand at module level: the scheduler and detokenizer are started by
-  multiprocessing's "spawn", which imports this file again in each of them.
+  each described where it is made. They stand at module level: whatever SGLang starts by multiprocessing's "spawn" imports
+  this file again. The scheduler and detokenizer are forked there instead, so that they need not import SGLang anew.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -109,6 +110,16 @@ def adapt_to_cpu() -> None:
     sys.meta_path.insert(0, PlainHostBuffers())
 
 
+def fork_processes() -> None:
+    """Have SGLang fork its scheduler and detokenizer.
+
+    `srt/entrypoints/engine.py` asks for "spawn", which CUDA needs, and with which each imports SGLang again: half of the
+    processor time of a start.
+    """
+    multiprocessing.set_start_method("fork")
+    multiprocessing.set_start_method = lambda *_, **__: None
+
+
 def end_with_trainer() -> None:
     """Kill this process group, schedulers included, once standard input is closed."""
 
@@ -160,4 +171,6 @@ if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
     adapt_to_cpu()
 
 if __name__ == "__main__":
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+        fork_processes()
     main(sys.argv[1:])
