@@ -215,7 +215,7 @@ class PromptStream:
         self._walk.load_state(state)
         unfinished = state.get("unfinished", [])
         assert isinstance(unfinished, list), "what `state` wrote"
-        self._to_draw_again = deque(unfinished)
+        self._to_draw_again, self.unfinished = deque(unfinished), ()
 
     def _next_prompt(self) -> Prompt:
         if not self._to_draw_again:

@@ -103,6 +103,8 @@ def launch_command(
     if section.max_total_tokens is not None or model.on_cpu:
         flags["--max-total-tokens"] = str(section.max_total_tokens or CPU_CACHE_TOKENS)
     switches = ["--skip-tokenizer-init"] + ["--enable-return-routed-experts"] * model.return_routed_experts
+    # An idle scheduler asks for work without a pause (srt/managers/scheduler.py): a core that the trainer needs here.
+    switches += ["--sleep-on-idle"] * model.on_cpu
     # On the CPU there is no memory saver, and nothing it could save.
     switches += ["--enable-memory-saver"] * (section.release_memory and not model.on_cpu)
     named = [part for name, value in flags.items() for part in (name, value)]

@@ -56,6 +56,7 @@ def test_on_the_cpu_sglang_takes_torchs_own_attention_and_a_bounded_cache():
     words = command(SglangSection())
     assert (value_of("--device", words), value_of("--attention-backend", words)) == ("cpu", "torch_native")
     assert int(value_of("--max-total-tokens", words)) > 0
+    assert "--sleep-on-idle" in words
     assert "--enable-return-routed-experts" in words
     assert server_environment(on_cpu=True)["SGLANG_USE_CPU_ENGINE"] == "1"
 
@@ -66,6 +67,7 @@ def test_servers_on_gpus_follow_each_other_after_the_first():
     assert (value_of("--device", words), value_of("--tp-size", words)) == ("cuda", "2")
     assert value_of("--base-gpu-id", words) == "6"
     assert "--max-total-tokens" not in words
+    assert "--sleep-on-idle" not in words
     assert "--enable-return-routed-experts" not in words
     assert "SGLANG_USE_CPU_ENGINE" not in server_environment(on_cpu=False)
 
