@@ -23,13 +23,14 @@ stage "types" mypy
 if [ -z "${MEGATRON_GSPO_SGLANG_PYTHON:-}" ] && { [ $# -eq 0 ] || [[ "$*" == *tests/rollout* || "$*" == *tests/slurm* ]]; }; then
   stage "SGLang" bash tools/install_sglang_cpu.sh
 fi
-if [ $# -eq 0 ]; then
-  # Those first that wait more than they compute, for a cluster or a server: the others fill in beside them.
-  set -- tests/slurm tests/rollout tests/distributed tests/end_to_end tests/unit
-fi
 # A SLURM for tests/slurm, where this is root on Debian; where there can be none, those tests are skipped, and it is said.
 bash tools/install_slurm.sh || true
-# A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given: the long ones
-# begin first. One worker more than cores, because some tests wait.
-stage "tests" python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=8 "$@"
+if [ $# -eq 0 ]; then
+  # By themselves: a job of theirs is many processes, and up to four run at one time.
+  stage "tests on SLURM" python -m pytest --durations=3 tests/slurm
+  # Those first that take longest.
+  set -- tests/rollout tests/distributed tests/end_to_end tests/unit
+fi
+# A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given.
+stage "tests" python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=8 "$@"
 python -m tests.slurm.cluster
