@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib import import_module
 
+from megatron_gspo.names import nearest_name
 from megatron_gspo.types import UserError
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -13,6 +15,27 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 def is_import_path(name: str) -> bool:
     """Whether `name` has the form `package.module:attribute`."""
     return _IMPORT_PATH.fullmatch(name) is not None
+
+
+def find_import_path(field: str, name: str, known: Mapping[str, str], own: str, also: tuple[str, ...] = ()) -> str:
+    """The import path that `name` stands for: what is `known` by that name, or `name` itself where it has the form of one.
+
+    Args:
+        field: the recipe's field that has `name`.
+        name: what it has.
+        known: name -> import path.
+        own: what the import path of one's own names, for the message.
+        also: names that the field accepts and that stand for no import path.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if name in known:
+        return known[name]
+    if is_import_path(name):
+        return name
+    names = [*also, *known]
+    raise UserError(f"{field} is {name!r}{nearest_name(name, names)}; accepted: {', '.join(names)}, or {own}")
 
 
 def import_attribute(import_path: str) -> object:

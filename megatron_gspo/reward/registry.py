@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_gspo.import_path import is_import_path
-from megatron_gspo.names import nearest_name
-from megatron_gspo.types import Prompt, UserError
+from megatron_gspo.import_path import find_import_path
+from megatron_gspo.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,5 @@ def reward_import_path(name: str) -> str:
     Raises:
         UserError: it is neither.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    if is_import_path(name):
-        return name
-    names = [BY_PROBLEM, *REWARDS]
-    raise UserError(
-        f"reward.name is {name!r}{nearest_name(name, names)}; accepted: {', '.join(names)}, or "
-        "package.module:function of a reward of one's own"
-    )
+    own = "package.module:function of a reward of one's own"
+    return find_import_path("reward.name", name, REWARDS, own, also=(BY_PROBLEM,))

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from megatron_gspo.import_path import import_attribute, is_import_path
-from megatron_gspo.names import nearest_name
+from megatron_gspo.import_path import find_import_path, import_attribute
 from megatron_gspo.types import Prompt, UserError
 
 
@@ -56,14 +55,8 @@ def environment_import_path(name: str) -> str:
     Raises:
         UserError: it is neither.
     """
-    if name in ENVIRONMENTS:
-        return ENVIRONMENTS[name]
-    if is_import_path(name):
-        return name
-    raise UserError(
-        f"environment.name is {name!r}{nearest_name(name, ENVIRONMENTS)}; accepted: {', '.join(ENVIRONMENTS)}, or "
-        "package.module:attribute of an environment of one's own"
-    )
+    own = "package.module:attribute of an environment of one's own"
+    return find_import_path("environment.name", name, ENVIRONMENTS, own)
 
 
 def find_environment(name: str) -> EnvironmentFactory:

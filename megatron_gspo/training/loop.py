@@ -88,14 +88,9 @@ def train(
     directory = open_run_directory(recipe, output_dir, found) if parallel.is_main_rank() else None
     display = Display("step", recipe.training.steps, enabled=parallel.is_main_rank(), steps_before=reached.step)
     display.start(introduction(recipe, output_dir))
-    no_engine: str | None = None
     try:
         with checkpoint_saver(recipe, store) as saver:
-            try:
-                make_steps(run, reached, skipped, saver, directory, display, stop)
-            except OutageError as outage:
-                save_reached(outage, run, reached, skipped, saver)
-                no_engine = str(outage)
+            no_engine = make_steps(Progress(run, reached, skipped, saver, directory, display, stop))
     finally:
         display.stop()
         run.close()
@@ -120,60 +115,70 @@ def reached_so_far(run: Run, found: FoundCheckpoint | None) -> Reached:
     return Reached(state.step, dict(state.metrics), prompts, state.owes_evaluation, is_saved=True)
 
 
-def make_steps(
-    run: Run,
-    reached: Reached,
-    skipped: SkippedUpdates,
-    saver: CheckpointSaver,
-    directory: RunDirectory | None,
-    display: Display,
-    stop: StopRequest,
-) -> None:
+@dataclass(frozen=True)
+class Progress:
+    """A run under way, and what its steps are saved, recorded and shown with."""
+
+    run: Run
+    reached: Reached
+    skipped: SkippedUpdates
+    saver: CheckpointSaver
+    directory: RunDirectory | None  # the main rank's
+    display: Display
+    stop: StopRequest
+
+
+def make_steps(progress: Progress) -> str | None:
     """The evaluation that is owed, and step after step, until all are made or the ranks are asked to stop.
 
-    Raises:
-        OutageError: the rollout engine is gone, in the middle of what follows `reached`.
+    Returns:
+        Where the rollout engine was gone before that, what was wrong with it; the last finished step is then saved.
     """
-    if reached.owes_evaluation:
-        record(directory, display, reached.evaluated(evaluate_if_due(run, reached.step)))
-    stopping = False
-    while reached.step < run.recipe.training.steps and not stopping:
-        stopping = take_step(run, reached, skipped, saver, directory, display, stop)
+    run, reached = progress.run, progress.reached
+    try:
+        if reached.owes_evaluation:
+            record(progress.directory, progress.display, reached.evaluated(evaluate_if_due(run, reached.step)))
+        stopping = False
+        while reached.step < run.recipe.training.steps and not stopping:
+            stopping = take_step(progress)
+    except OutageError as outage:
+        save_reached(outage, run, reached, progress.skipped, progress.saver)
+        return str(outage)
+    return None
 
 
-def take_step(
-    run: Run,
-    reached: Reached,
-    skipped: SkippedUpdates,
-    saver: CheckpointSaver,
-    directory: RunDirectory | None,
-    display: Display,
-    stop: StopRequest,
-) -> bool:
+def take_step(progress: Progress) -> bool:
     """One step, saved where that is due, and recorded. Returns whether the ranks were asked to stop after it."""
+    run, reached = progress.run, progress.reached
     step = reached.step + 1
     experience = run.collector.collect(step, run.policy.version)
     run.collector.sample_ahead(step + 1, run.policy.version + 1)
-    result = learn(run, experience, step, skipped)
+    result = learn(run, experience, step, progress.skipped)
     reached.go_on_to(run, step, step_line(step, run, result.metrics))
-    if directory is not None and result.volatility:
-        directory.write_volatility(step, result.volatility)
+    if progress.directory is not None and result.volatility:
+        progress.directory.write_volatility(step, result.volatility)
     line = reached.evaluated(evaluate_if_due(run, step))
     run.collector.go_on()  # what a hand-over of weights held up
     # A signal may reach one rank only, and between any two steps of the others.
-    stopping = on_any_rank(stop.requested)
+    stopping = on_any_rank(progress.stop.requested)
+    checkpoint_s = save_if_due(progress, line, stopping=stopping)
+    record(progress.directory, progress.display, line | {"time/checkpoint_s": checkpoint_s})
+    return stopping
+
+
+def save_if_due(progress: Progress, line: dict[str, float], *, stopping: bool) -> float:
+    """Save every n steps and at the end. Returns the seconds for which the run stood still."""
+    reached, saver, training = progress.reached, progress.saver, progress.run.recipe.training
     clock = Stopwatch()
     with clock.measure("checkpoint"):
         saver.finish_if_written()
-        is_last = stopping or step == run.recipe.training.steps
-        every = run.recipe.training.save_every
-        if is_last or (every > 0 and step % every == 0):
-            saver.save(run, step, skipped, line)
+        is_last = stopping or reached.step == training.steps
+        if is_last or (training.save_every > 0 and reached.step % training.save_every == 0):
+            saver.save(progress.run, reached.step, progress.skipped, line)
             reached.is_saved = True
         if is_last:
             saver.finish()
-    record(directory, display, line | {"time/checkpoint_s": clock.seconds["checkpoint"]})
-    return stopping
+    return clock.seconds["checkpoint"]
 
 
 def checkpoint_saver(recipe: Recipe, store: CheckpointStore) -> CheckpointSaver:

@@ -50,7 +50,8 @@ def fresh_world(meeting_point: str) -> None:
 def learn_layouts_on_ranks(layouts: dict[str, dict[str, Any]], directory: str) -> dict[str, dict[str, Any]]:
     """One step of each arm in each layout, by layout and arm.
 
-    A layout names its "recipe", its "options", and its "arms", each by the options that come before the layout's.
+    A layout names its "recipe", its "options", and its "arms", each by the options that come before the layout's; and
+    how many groups of its step have "equal" rewards.
     """
     optimizer.DistributedDataParallelConfig = functools.partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
     found = {}
@@ -60,7 +61,7 @@ def learn_layouts_on_ranks(layouts: dict[str, dict[str, Any]], directory: str) -
         arrange(load_recipe(recipe, options))
         run = assemble(load_recipe(recipe, options))
         found[name] = {
-            arm: learn_from_fixed(run, load_recipe(recipe, [*of_arm, *options]))
+            arm: learn_from_fixed(run, load_recipe(recipe, [*of_arm, *options]), layout["equal"])
             for arm, of_arm in layout["arms"].items()
         }
         run.close()
@@ -84,8 +85,13 @@ def arrange(recipe: Recipe) -> None:
     gc.freeze()  # what tests have imported is much, and stays
 
 
-def learn_from_fixed(assembled: Run, recipe: Recipe) -> dict[str, Any]:
+def learn_from_fixed(assembled: Run, recipe: Recipe, num_equal: int) -> dict[str, Any]:
     """Learn once from fixed responses, with a policy of its own and `recipe`'s switches.
+
+    Args:
+        assembled: what stays the same for all that learn.
+        recipe: the arm's and the layout's.
+        num_equal: groups with equal rewards.
 
     Returns:
         The step's metrics, the first update's gradients, and the weights at the end.
@@ -101,7 +107,7 @@ def learn_from_fixed(assembled: Run, recipe: Recipe) -> dict[str, Any]:
     )
     gradients: dict[str, torch.Tensor] = {}
     keep_first_gradients(run.policy, gradients)
-    result = learn(run, fixed_experience(recipe, 1), 1, SkippedUpdates(0))
+    result = learn(run, fixed_experience(recipe, 1, num_equal), 1, SkippedUpdates(0))
     metrics = {name: value for name, value in result.metrics.items() if not name.startswith(UNTIMED)}
     weights = torch.cat([tensor.reshape(-1).clone() for _, tensor in export_hf_weights(run.policy.models)])
     return {"metrics": metrics, "gradients": gradients, "weights": weights}
@@ -131,11 +137,11 @@ def gather_gradients(chunk: DistributedDataParallel) -> None:
             dist.all_gather_into_tensor(bucket.grad_data, own, group=group.intra_distributed_optimizer_instance_group)
 
 
-def fixed_experience(recipe: Recipe, step: int) -> Experience:
-    """This data-parallel rank's share of responses that the step's number alone decides."""
+def fixed_experience(recipe: Recipe, step: int, num_equal: int = 0) -> Experience:
+    """This data-parallel rank's share of responses that the step's number decides; the first groups' rewards are equal."""
     own = range(recipe.training.prompts_per_step)[parallel.data_rank() :: parallel.data_size()]
     return Experience.of(
-        {place: _group(recipe, step, place) for place in own},
+        {place: _group(recipe, step, place, equal=place < num_equal) for place in own},
         recipe,
         version=0,
         num_failed_rewards=0,
@@ -144,10 +150,11 @@ def fixed_experience(recipe: Recipe, step: int) -> Experience:
     )
 
 
-def _group(recipe: Recipe, step: int, position: int) -> Group:
+def _group(recipe: Recipe, step: int, position: int, *, equal: bool) -> Group:
     rng = np.random.default_rng([step, position])
     prompt = Prompt(f"p{position}", tuple(rng.integers(0, 256, rng.integers(3, 9)).tolist()), "", "")
-    rewards = rng.integers(0, 2, recipe.rollout.responses_per_prompt).astype(np.float32)
+    one_in_two = np.arange(recipe.rollout.responses_per_prompt, dtype=np.float32) % 2
+    rewards = np.ones_like(one_in_two) if equal else rng.permutation(one_in_two)
     num_layers = read_hf_config(recipe.model.path).num_hidden_layers
     responses = tuple(
         _response(rng, prompt, int(rng.integers(2, recipe.rollout.max_response_tokens + 1)), num_layers)

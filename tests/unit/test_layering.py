@@ -14,7 +14,7 @@ SIBLINGS = ("model", "rollout", "reward", "data", "routing", "policy_loss")
 ALLOWED = {
     "types": set(),
     "names": {"types"},
-    "import_path": {"types"},
+    "import_path": {"types", "names"},
     "config": FOUNDATION,
     # A plan is made on login nodes: without PyTorch, Megatron or a GPU.
     "memory": FOUNDATION | {"memory"},
