@@ -75,7 +75,10 @@ class ComparisonStatus:
     def lines(self) -> list[str]:
         """For a person."""
         parts = [f"{self.directory}", f"comparison: job {self.job_id}", self.state]
-        return ["  ".join([*parts, f"page: {self.page or 'not drawn yet'}"]), f"    log: {self.log or 'not started yet'}"]
+        return [
+            "  ".join([*parts, f"page: {self.page or 'not drawn yet'}"]),
+            f"    log: {self.log or 'not started yet'}",
+        ]
 
 
 def print_status(target: str | None) -> None:
