@@ -57,8 +57,9 @@ def go_undisturbed(cluster: Cluster, recipe: Path) -> Submitted:
     undisturbed = submit(
         recipe.parent / "undisturbed",
         recipe,
-        *(f"slurm.sbatch_options={UNDISTURBED}", "--gpus-per-node", 2),
+        f"slurm.sbatch_options={UNDISTURBED}",
         *(["slurm.modules=spoken"] if MODULES.exists() else []),
+        *("--gpus-per-node", 2),
         MODULEPATH=str(modules),
     )
     undisturbed.wait_for_end("COMPLETED")
