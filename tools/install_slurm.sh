@@ -2,7 +2,7 @@
 # Installs what tests/slurm needs, on Debian or Ubuntu as root. Its services are not started: the tests bring up a
 # cluster of their own, with its own configuration and keys, and end it again.
 set -euo pipefail
-packages=(munge slurmctld slurmd slurm-client iproute2)
+packages=(munge slurmctld slurmd slurm-client iproute2 environment-modules)
 
 if [ "$(dpkg-query -W -f '${db:Status-Status}\n' "${packages[@]}" 2>/dev/null | grep -cx installed)" = ${#packages[@]} ]; then
   exit 0

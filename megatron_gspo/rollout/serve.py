@@ -3,8 +3,7 @@
 In: a recipe, and a directory that all of the job's machines see and only its owner can enter. `key` lies in it, which
 whoever starts the job has made. Out: `rollout.sglang.num_servers` servers on this machine's private address, and, once
 all of them answer, their URLs in `servers_MACHINE_of_MACHINES.json`. They serve until the key is gone: the end of a job is
-told so, because SLURM's signals to a job reach this process too while ranks may still finish a step. SGLang's processes do
-end on SIGTERM, and are started again like any that die.
+told so, because SLURM's signals to a job reach this process and its servers too while ranks may still finish a step.
 """
 
 from __future__ import annotations

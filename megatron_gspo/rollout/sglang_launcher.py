@@ -8,6 +8,7 @@ Out: a server. It is started as a script by path, so it imports nothing of megat
 - takes the key from a file: `--api-key` on a command line can be read by every user of the machine. SGLang logs all of
   its arguments at its start (srt/entrypoints/engine.py), so the key is taken out of what it logs;
 - ends with the trainer, whatever ended that: standard input is then at its end, and the whole process group is killed;
+- does not end before it: SIGTERM and SIGUSR1 are the trainer's, which finishes a step and saves, and needs its servers;
 - runs on a machine without CUDA (SGLANG_USE_CPU_ENGINE=1), for which SGLang 0.5.21's packages need three adaptations,
   each described where it is made. They stand at module level: whatever SGLang starts by multiprocessing's "spawn" imports
   this file again. The scheduler and detokenizer are forked there instead, so that they need not import SGLang anew.
@@ -26,8 +27,11 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
+
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what asks a trainer to save and stop
 
 
 def declare_torchvision_operators() -> None:
@@ -120,6 +124,18 @@ def fork_processes() -> None:
     multiprocessing.set_start_method = lambda *_, **__: None
 
 
+def leave_stopping_to_trainer() -> None:
+    """Block SIGTERM and SIGUSR1, here and in all that is started from here: SLURM sends them to every process of a job.
+
+    Whoever starts multiprocessing's resource tracker has SIGTERM unblocked afterwards (CPython 3.11,
+    `multiprocessing/resource_tracker.py`, `ensure_running`). SGLang's processes would, so it is started before; they
+    find it running. SIGUSR1 would end the tracker itself, and is therefore blocked first.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+
+
 def end_with_trainer() -> None:
     """Kill this process group, schedulers included, once standard input is closed."""
 
@@ -165,7 +181,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    end_with_trainer()  # before the imports, which take seconds
+    # Before the imports, which take seconds, and before there are threads, which inherit what is blocked.
+    leave_stopping_to_trainer()
+    end_with_trainer()
 
 if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
     adapt_to_cpu()

@@ -104,8 +104,8 @@ def _words(stderr: str) -> str:
 def _advice(stderr: str) -> str:
     """The field to change, for refusals that have one."""
     fields = {
+        "account": "slurm.account",  # also where a partition does not take this one, or none
         "partition": "slurm.partition (sinfo lists them)",
-        "account": "slurm.account",
         "QOS": "slurm.qos",
         "time limit": "slurm.time",
         "node count": "slurm.nodes (sinfo shows how many a partition has)",

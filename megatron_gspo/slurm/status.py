@@ -1,7 +1,7 @@
 """`megatron-gspo status`: how submitted runs are getting on.
 
-In: a run's directory, a comparison's, a job's id, or nothing for all of this user's jobs. Out: two lines a run. What SLURM
-has forgotten is told from the run's own files.
+In: a run's directory, a comparison's, a job's id, or nothing for all of this user's jobs. Out: two lines a run, and two for
+the job that compares them. What SLURM has forgotten is told from the directory's own files.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from megatron_gspo.config import read_step_count
 from megatron_gspo.report.metrics import read_metrics_file
 from megatron_gspo.slurm import scheduler
 from megatron_gspo.types import UserError
+
+#: Where a run's job, and the one that draws a comparison, leave their ids; also written by `slurm/*.sbatch`.
+RUN_NOTE, COMPARISON_NOTE = Path("slurm/job_id"), Path("slurm/compare_job_id")
 
 WHAT_HAPPENED = {
     "started": "ended unnoticed",  # the whole job was killed, or its node failed
@@ -59,32 +62,51 @@ class RunStatus:
         return ["  ".join(parts), f"    log: {self.log or 'not started yet'}"]
 
 
+@dataclass(frozen=True)
+class ComparisonStatus:
+    """What is known of the job that compares the runs of an array."""
+
+    directory: Path
+    job_id: str
+    state: str
+    page: Path | None  # None before it is drawn
+    log: Path | None  # None before the job has started
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        parts = [f"{self.directory}", f"comparison: job {self.job_id}", self.state]
+        return [
+            "  ".join([*parts, f"page: {self.page or 'not drawn yet'}"]),
+            f"    log: {self.log or 'not started yet'}",
+        ]
+
+
 def print_status(target: str | None) -> None:
-    """Print the state of one run, of all runs of a comparison, or of all this user's jobs.
+    """Print the state of one run, of all runs of a comparison and of what draws it, or of all this user's jobs.
 
     Raises:
         UserError: `target` is neither a directory that was submitted to nor a job of this program's.
     """
-    directories = find_runs(target)
+    directories = find_submitted(target)
     if not directories:
         print("No jobs of megatron-gspo in SLURM's queue. A finished run: megatron-gspo status RUN")
     for directory in directories:
-        print("\n".join(status_of(directory).lines()))
+        status = run_status(directory) if (directory / RUN_NOTE).exists() else comparison_status(directory)
+        print("\n".join(status.lines()))
 
 
-def find_runs(target: str | None) -> list[Path]:
-    """The run directories meant by `target`.
+def find_submitted(target: str | None) -> list[Path]:
+    """The directories of runs and comparisons meant by `target`.
 
     Raises:
         UserError: there are none.
     """
     if target is None:
-        runs = [run for job in scheduler.jobs_of_this_user() for run in _runs_of(job)]
-        return list(dict.fromkeys(runs))
-    directory = Path(target).resolve()
-    found = _submitted_below(directory)
+        found = [directory for job in scheduler.jobs_of_this_user() for directory in _directories_of(job)]
+        return list(dict.fromkeys(found))
+    found = _submitted_below(Path(target).resolve())
     if not found and target.replace("_", "").isdecimal():
-        found = [run for job in scheduler.find_job(target) for run in _runs_of(job)]
+        found = [directory for job in scheduler.find_job(target) for directory in _directories_of(job)]
     if not found:
         raise UserError(
             f"{target} is neither a directory that a run was submitted to nor a job of megatron-gspo that SLURM still "
@@ -93,9 +115,9 @@ def find_runs(target: str | None) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def status_of(directory: Path) -> RunStatus:
+def run_status(directory: Path) -> RunStatus:
     """What is known of the run in `directory`."""
-    job_id = (directory / "slurm" / "job_id").read_text().strip()
+    job_id = _job_of(directory)
     attempts = read_attempts(directory)
     jobs = scheduler.find_job(job_id)
     state, time_left = "unknown to SLURM", None
@@ -103,7 +125,7 @@ def status_of(directory: Path) -> RunStatus:
         state = WHAT_HAPPENED[attempts[-1].event]
     if jobs:
         job = jobs[0]
-        state = f"{job.state} ({job.reason})" if job.state == "PENDING" else job.state
+        state = _state_of(job)
         time_left = job.time_left if job.state == "RUNNING" else None
         if attempts and job.state not in ("PENDING", "RUNNING", "COMPLETING"):
             state = f"{job.state} ({WHAT_HAPPENED[attempts[-1].event]})"
@@ -124,6 +146,21 @@ def status_of(directory: Path) -> RunStatus:
     )
 
 
+def comparison_status(directory: Path) -> ComparisonStatus:
+    """What is known of the job that compares the runs in `directory`."""
+    job_id = _job_of(directory)
+    jobs = scheduler.find_job(job_id)
+    page, log = directory / "compare.html", directory / "slurm" / f"compare_{job_id}.log"
+    forgotten = "done" if page.exists() else "unknown to SLURM"
+    return ComparisonStatus(
+        directory=directory,
+        job_id=job_id,
+        state=_state_of(jobs[0]) if jobs else forgotten,
+        page=page if page.exists() else None,
+        log=log if log.exists() else None,
+    )
+
+
 def read_attempts(directory: Path) -> list[Attempt]:
     """What `train.sbatch` has noted, oldest first; a line that was cut off when its node was lost is none."""
     file = directory / "slurm" / "attempts.txt"
@@ -139,13 +176,22 @@ def read_attempts(directory: Path) -> list[Attempt]:
 
 
 def _submitted_below(directory: Path) -> list[Path]:
-    """`directory` where a run was submitted to it, else the runs of the comparison that it is."""
-    return sorted(note.parents[1] for pattern in ("", "*/") for note in directory.glob(f"{pattern}slurm/job_id"))
+    """`directory` where a run was submitted to it; else the runs of the comparison that it is, and itself."""
+    runs = sorted(note.parents[1] for pattern in ("", "*/") for note in directory.glob(f"{pattern}{RUN_NOTE}"))
+    return [*runs, directory] if (directory / COMPARISON_NOTE).exists() else runs
 
 
-def _runs_of(job: scheduler.Job) -> list[Path]:
-    """The run of a job, where it is one of this program's: told by its script's place, and by its note there."""
-    if job.script.name != "train.sbatch":
+def _directories_of(job: scheduler.Job) -> list[Path]:
+    """A job's run or comparison, where it is one of this program's: told by its script's place, and by its note there."""
+    if job.script.name not in ("train.sbatch", "compare.sbatch"):
         return []
-    runs = _submitted_below(job.script.parents[1])
-    return [run for run in runs if (run / "slurm" / "job_id").read_text().strip() == job.id]
+    return [directory for directory in _submitted_below(job.script.parents[1]) if _job_of(directory) == job.id]
+
+
+def _job_of(directory: Path) -> str:
+    note = directory / RUN_NOTE
+    return (note if note.exists() else directory / COMPARISON_NOTE).read_text().strip()
+
+
+def _state_of(job: scheduler.Job) -> str:
+    return f"{job.state} ({job.reason})" if job.state == "PENDING" else job.state

@@ -17,6 +17,7 @@ from megatron_gspo.slurm import scheduler
 from megatron_gspo.slurm.arguments import Submission
 from megatron_gspo.slurm.plan import Plan, make_plan
 from megatron_gspo.slurm.script import compare_script, train_script
+from megatron_gspo.slurm.status import COMPARISON_NOTE, RUN_NOTE
 from megatron_gspo.types import UserError
 
 #: File systems that are a single machine's memory.
@@ -86,12 +87,15 @@ def _take_back(output_dir: Path, plan: Plan) -> None:
 
 
 def _note_jobs(plan: Plan, job: str) -> None:
-    """Leave each run's job in its directory, unless it has started and done so itself."""
+    """Leave each run's job in its directory."""
     for number, run in enumerate(plan.runs):
-        name = f"{job}_{number}" if len(plan.runs) > 1 else job
-        note = run.directory / "slurm" / "job_id"
-        if not note.exists():
-            note.write_text(name + "\n")
+        _leave_note(run.directory / RUN_NOTE, f"{job}_{number}" if len(plan.runs) > 1 else job)
+
+
+def _leave_note(note: Path, job: str) -> None:
+    """Note a job's id, unless it has started and done so itself."""
+    if not note.exists():
+        note.write_text(job + "\n")
 
 
 def _submit_comparison(job_directory: Path, job: str) -> None:
@@ -101,6 +105,7 @@ def _submit_comparison(job_directory: Path, job: str) -> None:
         comparison = scheduler.submit_file(job_directory / "compare.sbatch", *options)
     except UserError as error:
         raise UserError(f"job {job} trains the runs, but their comparison was not submitted: {error}") from error
+    _leave_note(job_directory.parent / COMPARISON_NOTE, comparison)
     print(f"Submitted job {comparison}: compares them once all have ended: {job_directory.parent / 'compare.html'}")
 
 

@@ -239,6 +239,28 @@ def test_two_ranks_train_on_running_servers_with_the_engines_log_probs_and_route
         assert host.connection.key.encode() not in file.read_bytes(), f"{file} has the key"
 
 
+def test_a_server_goes_on_sampling_when_every_process_of_the_job_is_asked_to_stop(recipe: Recipe, host: ServerHost):
+    engine, model = engine_on(recipe, host), policy(recipe, seed=1)
+    engine.update_weights(weights_of(model), version=1)
+    engine.take_counts()
+    group, _ = host.servers.process_ids()
+
+    def ask_to_stop() -> None:
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            os.killpg(group, number)
+
+    asking = threading.Timer(0.5, ask_to_stop)
+    asking.start()
+    groups = engine.generate(PROMPTS, 8, replace(SETTINGS, max_response_tokens=200, stop_token_ids=()))
+    asking.join()
+    afterwards = engine.generate(PROMPTS, 1, SETTINGS)
+    assert sampled_by(model, groups)
+    assert sampled_by(model, afterwards)
+    counts = engine.take_counts()
+    assert counts["rollout/num_restarts"] == counts["rollout/num_retries"] == 0
+    assert host.servers.process_ids()[0] == group
+
+
 def test_a_server_killed_while_it_samples_is_started_again_and_no_response_is_lost(recipe: Recipe, host: ServerHost):
     engine, model = engine_on(recipe, host), policy(recipe, seed=1)
     engine.update_weights(weights_of(model), version=1)

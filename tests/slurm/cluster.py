@@ -51,10 +51,15 @@ class Cluster:
         """What SLURM's programs need to find this cluster, and no other."""
         return {"SLURM_CONF": str(self.root / "slurm.conf")}
 
+    @property
+    def unshared(self) -> Path:
+        """A directory of which node2 sees one of its own."""
+        return self.root / "unshared"
+
     def start(self) -> None:
         """Bring everything up, and wait until all nodes are idle."""
         self.stop()
-        for name in ("state", "spool", "log", "dev"):
+        for name in ("state", "spool", "log", "dev", "unshared"):
             (self.root / name).mkdir(parents=True)
         self._write_configuration()
         os.environ |= self.environment
@@ -86,15 +91,20 @@ class Cluster:
         run("ip", "-n", name, "link", "set", "eth0", "up")
         run("ip", "-n", name, "route", "add", "default", "via", f"{NETWORK}.254")
         # The shell is the node's first process: it reaps orphans, and when it goes everything on the node does.
-        first = ("bash", "-c", 'hostname "$0"; slurmd -D -N "$0" & wait $!', name)
+        hide = f"mount -t tmpfs none {self.unshared}; " if name == "node2" else ""
+        first = ("bash", "-c", f'{hide}hostname "$0"; slurmd -D -N "$0" & wait $!', name)
         apart = ("unshare", "--uts", "--ipc", "--pid", "--fork", "--kill-child", "--mount-proc")
         self.nodes[name] = self._spawn(name, "ip", "netns", "exec", name, *apart, *first)
 
     def kill_node(self, name: str) -> None:
-        """Everything on the node is gone at once, and nothing answers there any more."""
+        """Everything on the node is gone at once, nothing answers there any more, and the controller is told.
+
+        It would notice after SlurmdTimeout. A short one also loses nodes that are merely slow to answer.
+        """
         node = self.nodes.pop(name)
         node.kill()
         node.wait()
+        run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed")
 
     def node_states(self) -> list[str]:
         """The state of every node; empty where the controller does not answer."""
@@ -153,7 +163,8 @@ class Cluster:
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
 
-# More CPUs than the machine has (config_overrides), no cgroups, no accounting, and clocks that suit tests.
+# More CPUs than the machine has (config_overrides), no cgroups, no accounting. Schedulers look often; what gives up on
+# daemons, jobs and signals waits long, as a busy machine is slow to answer.
 CONFIGURATION = f"""\
 ClusterName=test
 SlurmctldHost={{host}}({NETWORK}.254)
@@ -177,9 +188,11 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 GresTypes=gpu
 AccountingStorageType=accounting_storage/none
-SlurmctldTimeout=10
-SlurmdTimeout=10
-KillWait=60
+SlurmdTimeout=300
+MessageTimeout=60
+BatchStartTimeout=300
+UnkillableStepTimeout=300
+KillWait=300
 MinJobAge=3600
 ReturnToService=2
 JobRequeue=1
@@ -190,6 +203,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=gpu Nodes=ALL Default=YES DefaultTime=00:30:00 MaxTime=1-00:00:00 DefMemPerCPU=1000 PriorityTier=1 State=UP
 PartitionName=urgent Nodes=ALL PriorityTier=10 PreemptMode=OFF DefaultTime=00:30:00 DefMemPerCPU=1000 State=UP
+PartitionName=billed Nodes=ALL AllowAccounts=physics DefaultTime=00:30:00 DefMemPerCPU=1000 State=UP
 """
 
 

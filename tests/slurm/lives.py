@@ -15,6 +15,8 @@ from tests.slurm.submitted import NEVER_S, OVER, Submitted, hold_after, hold_of,
 
 STEPS = 7
 UNDISTURBED = "--exclude=node3,node4"
+MODULES = Path("/etc/profile.d/modules.sh")  # of Debian's environment-modules
+MODULE_SAYS = "this module was loaded"
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,13 @@ def reach_the_time_limit_and_lose_a_node(cluster: Cluster, recipe: Path) -> Limi
     run("scontrol", "update", f"JobId={limited.job}", "TimeLimit=5")
     limited.wait_until_it_says("asked to save and stop")
     limited.hold_after(5)
-    wait_for(lambda: limited.state == "PENDING", "the job to be requeued", NEVER_S, every_s=0.5)
+    limited.wait_for_requeue()
     run("scontrol", "update", f"JobId={limited.job}", "TimeLimit=30")
     limited.start_again()
     limited.wait_until_held(after=5)
     status = program("status", limited.job).stdout
     cluster.kill_node("node4")
-    wait_for(lambda: limited.state == "PENDING", "the node to be missed", NEVER_S, every_s=0.5)
+    limited.wait_for_requeue()
     cluster.start_node("node4")
     limited.release()
     limited.start_again()
@@ -48,16 +50,39 @@ def reach_the_time_limit_and_lose_a_node(cluster: Cluster, recipe: Path) -> Limi
 
 
 def go_undisturbed(cluster: Cluster, recipe: Path) -> Submitted:
-    """The same run with both ranks on one node, and fake GPUs."""
+    """The same run with both ranks on one node, and fake GPUs, and a module where there are modules."""
+    modules = recipe.parent / "modules"
+    modules.mkdir()
+    (modules / "spoken").write_text(f'#%Module\nputs stderr "{MODULE_SAYS}"\n')
     undisturbed = submit(
-        recipe.parent / "undisturbed", recipe, f"slurm.sbatch_options={UNDISTURBED}", "--gpus-per-node", 2
+        recipe.parent / "undisturbed",
+        recipe,
+        f"slurm.sbatch_options={UNDISTURBED}",
+        *(["slurm.modules=spoken"] if MODULES.exists() else []),
+        *("--gpus-per-node", 2),
+        MODULEPATH=str(modules),
     )
     undisturbed.wait_for_end("COMPLETED")
     return undisturbed
 
 
-def be_preempted_and_requeued(cluster: Cluster, recipe: Path) -> Submitted:
-    moved = submit(recipe.parent / "moved", recipe, "slurm.sbatch_options=--nodelist=node3", hold_at=2)
+@dataclass(frozen=True)
+class Moved:
+    """Preempted, requeued by an operator, stopped when it might start no more, and gone on with by hand."""
+
+    job: Submitted
+    restarts: str  # of the job, as SLURM counts them
+    saved: int  # by the job
+    said: str  # by its last attempt
+
+
+def be_preempted_requeued_and_stopped(cluster: Cluster, recipe: Path) -> Moved:
+    moved = submit(
+        recipe.parent / "moved",
+        recipe,
+        *("slurm.max_requeues=2", "slurm.sbatch_options=--nodelist=node3"),
+        hold_at=2,
+    )
     moved.wait_until_held(after=2)
     run("sbatch", "--partition=urgent", "--nodelist=node3", "--exclusive", "--output=/dev/null", "--wrap=true")
     moved.wait_until_it_says("asked to end")
@@ -65,40 +90,17 @@ def be_preempted_and_requeued(cluster: Cluster, recipe: Path) -> Submitted:
     moved.start_again()
     moved.wait_until_held(after=4)
     run("scontrol", "requeue", moved.job)
-    wait_for(lambda: moved.log(1).count("asked to end") == 1, "the script to hear of it", NEVER_S)
-    moved.release()
+    wait_for(lambda: "asked to end" in moved.log(1), "the script to hear of it", NEVER_S)
+    moved.hold_after(5)
     moved.start_again()
-    moved.wait_for_end("COMPLETED")
-    return moved
-
-
-@dataclass(frozen=True)
-class Bounded:
-    """May not requeue: stopped for good, and gone on with by hand."""
-
-    first: Submitted
-    saved: int  # by the first
-    said: str  # by the first
-    by_hand: Submitted
-
-
-def run_out_of_requeues(cluster: Cluster, recipe: Path) -> Bounded:
-    first = submit(
-        recipe.parent / "bounded",
-        recipe,
-        *("slurm.max_requeues=0", f"slurm.sbatch_options={UNDISTURBED}"),
-        hold_at=0,
-    )
-    first.wait_until_held(after=0)
-    run("scancel", "--batch", "--signal=USR1", first.job)
-    first.wait_until_it_says("asked to save and stop")
-    first.release()
-    first.wait_for_end("FAILED")
-    saved, said = first.newest_checkpoint(), first.log()
-    job = run("env", f"{VARIABLE}={first.hold}", "sbatch", "--parsable", str(first.directory / "slurm/train.sbatch"))
-    by_hand = Submitted(first.directory, job.strip(), first.hold)
-    by_hand.wait_for_end("COMPLETED")
-    return Bounded(first, saved, said, by_hand)
+    moved.wait_until_held(after=5)
+    run("scancel", "--batch", "--signal=USR1", moved.job)
+    moved.wait_until_it_says("asked to save and stop")
+    moved.release()
+    moved.wait_for_end("FAILED")
+    ended = Moved(moved, job_details(moved.job)["Restarts"], moved.newest_checkpoint(), moved.log(2))
+    moved.go_on_by_hand().wait_for_end("COMPLETED")
+    return ended
 
 
 def fail_twice(cluster: Cluster, recipe: Path) -> Submitted:
@@ -200,13 +202,39 @@ def sample_from_another_node(cluster: Cluster, recipe: Path) -> Served:
     return Served(served, files, mode, key)
 
 
-def ask_for_servers_that_cannot_start(cluster: Cluster, recipe: Path) -> Submitted:
-    """Beside the rank, on its own node."""
+@dataclass(frozen=True)
+class Beside:
+    """Its server shares a node with its rank: it cannot start, is mended by hand, and the job is cancelled in a step."""
+
+    refused: str  # said by the first attempt
+    left: bool  # whether the first attempt's directory of servers was still there
+    job: Submitted  # the second
+
+
+def sample_beside_a_server_and_be_cancelled(cluster: Cluster, recipe: Path) -> Beside:
     unserved = submit(
-        recipe.parent / "unserved",
+        recipe.parent / "beside",
         recipe.parent / "sglang.yaml",
         f"slurm.sbatch_options={UNDISTURBED}",
+        hold_at=1,
         MEGATRON_GSPO_SGLANG_PYTHON="/nowhere/python",
     )
     unserved.wait_for_end("FAILED")
-    return unserved
+    refused, private = unserved.log(), unserved.directory.parent / ".beside.servers"
+    left = private.exists()
+    beside = unserved.go_on_by_hand()
+    beside.wait_until_held(after=1)
+    run("scancel", beside.job)
+    beside.wait_until_it_says("asked to end")
+    beside.release()
+    beside.wait_for_end("CANCELLED")
+    wait_for(lambda: not private.exists(), "the servers' directory to go", NEVER_S)
+    return Beside(refused, left, beside)
+
+
+def start_where_a_node_does_not_see_the_directory(cluster: Cluster, recipe: Path) -> Submitted:
+    unseen = submit(
+        cluster.unshared / "run", recipe, "parallel.data=2", "slurm.sbatch_options=--nodelist=node[1-2]", "--nodes", 2
+    )
+    unseen.wait_for_end("FAILED")
+    return unseen

@@ -15,6 +15,7 @@ from tests.slurm.cluster import job_details, run, wait_for
 REPOSITORY = Path(__file__).parents[2]
 UNTIMED = ("time/", "throughput/", "memory/")
 NEVER_S = 900.0  # only a hang waits this long
+ASK_SLURM_EVERY = 10  # looks at a run's files: a program of SLURM's takes the jobs' processor time
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -71,24 +72,40 @@ class Submitted:
     def wait_while_it_lives(self, condition, what: str) -> None:
         """Wait for what only a job that is not over brings about."""
 
-        def is_so() -> bool:
-            over = self.state in OVER
-            assert condition() or not over, f"no {what}: {self.log()}"
-            return condition()
+        looks = 0
 
-        wait_for(is_so, f"{what} of {self.directory.name}", NEVER_S, every_s=0.5)
+        def is_so() -> bool:
+            nonlocal looks
+            looks += 1
+            over = looks % ASK_SLURM_EVERY == 0 and self.state in OVER
+            holds = condition()
+            assert holds or not over, f"no {what}: {self.log()}"
+            return holds
+
+        wait_for(is_so, f"{what} of {self.directory.name}", NEVER_S, every_s=0.2)
 
     def wait_for_end(self, state: str) -> None:
         """Wait until the job is over, which must be as `state` says."""
         wait_for(lambda: self.state in OVER, f"job {self.job} to end", NEVER_S, every_s=0.5)
         assert self.state == state, self.log()
 
+    def wait_for_requeue(self) -> None:
+        """Wait until the job is in the queue again."""
+        wait_for(lambda: self.state == "PENDING", f"job {self.job} to be requeued", NEVER_S, every_s=0.5)
+
+    def go_on_by_hand(self, **environment: str) -> "Submitted":
+        """Submit the run's script as a person does who has mended what stopped it."""
+        script = str(self.directory / "slurm/train.sbatch")
+        variables = environment | {held_reward.VARIABLE: str(self.hold)}
+        words = [f"{name}={value}" for name, value in variables.items()]
+        return Submitted(self.directory, run("env", *words, "sbatch", "--parsable", script).strip(), self.hold)
+
     def start_again(self) -> None:
         """Start the job soon once it is requeued: SLURM has each wait about two minutes.
 
         Not in the second in which its last attempt ended: nodes refuse a job whose credential is no newer than that.
         """
-        wait_for(lambda: self.state == "PENDING", f"job {self.job} to be requeued", NEVER_S, every_s=0.5)
+        self.wait_for_requeue()
         completing = ("squeue", "-h", "--states=completing", "--jobs", self.job)
         wait_for(lambda: not run(*completing), f"job {self.job} to be gone", NEVER_S, every_s=0.5)
         run("scontrol", "update", f"JobId={self.job}", "StartTime=now+2")

@@ -15,19 +15,22 @@ import yaml
 
 from tests.slurm.cluster import Cluster, job_details, run, wait_for
 from tests.slurm.lives import (
+    MODULE_SAYS,
+    MODULES,
     STEPS,
     Array,
-    Bounded,
+    Beside,
     Limited,
+    Moved,
     Served,
-    ask_for_servers_that_cannot_start,
-    be_preempted_and_requeued,
+    be_preempted_requeued_and_stopped,
     compare_arms_and_seeds,
     fail_twice,
     go_undisturbed,
     reach_the_time_limit_and_lose_a_node,
-    run_out_of_requeues,
+    sample_beside_a_server_and_be_cancelled,
     sample_from_another_node,
+    start_where_a_node_does_not_see_the_directory,
 )
 from tests.slurm.submitted import REPOSITORY, Submitted, program
 from tests.tiny_model import tiny_recipe, write_tiny_model
@@ -63,13 +66,13 @@ def lives(request: pytest.FixtureRequest, cluster: Cluster, recipe: Path) -> Ite
 
 LIVES: dict[str, Callable[..., Any]] = {
     "limited": reach_the_time_limit_and_lose_a_node,
+    "moved": be_preempted_requeued_and_stopped,
     "array": compare_arms_and_seeds,
+    "beside": sample_beside_a_server_and_be_cancelled,
     "served": sample_from_another_node,
-    "moved": be_preempted_and_requeued,
     "failing": fail_twice,
-    "bounded": run_out_of_requeues,
     "undisturbed": go_undisturbed,
-    "unserved": ask_for_servers_that_cannot_start,
+    "unseen": start_where_a_node_does_not_see_the_directory,
 }
 
 
@@ -89,7 +92,7 @@ def served(lives: dict[str, Future[Any]]) -> Served:
 
 
 @pytest.fixture(scope="module")
-def moved(lives: dict[str, Future[Any]]) -> Submitted:
+def moved(lives: dict[str, Future[Any]]) -> Moved:
     return lives["moved"].result()
 
 
@@ -99,18 +102,18 @@ def failing(lives: dict[str, Future[Any]]) -> Submitted:
 
 
 @pytest.fixture(scope="module")
-def bounded(lives: dict[str, Future[Any]]) -> Bounded:
-    return lives["bounded"].result()
-
-
-@pytest.fixture(scope="module")
 def undisturbed(lives: dict[str, Future[Any]]) -> Submitted:
     return lives["undisturbed"].result()
 
 
 @pytest.fixture(scope="module")
-def unserved(lives: dict[str, Future[Any]]) -> Submitted:
-    return lives["unserved"].result()
+def beside(lives: dict[str, Future[Any]]) -> Beside:
+    return lives["beside"].result()
+
+
+@pytest.fixture(scope="module")
+def unseen(lives: dict[str, Future[Any]]) -> Submitted:
+    return lives["unseen"].result()
 
 
 REFUSALS = {
@@ -118,6 +121,7 @@ REFUSALS = {
     "more GPUs than nodes have": (("--gpus-per-node", 16), "Requested node configuration is not available"),
     "more nodes than there are": (("--nodes", 5, "--gpus-per-node", 1), "(see slurm.nodes"),
     "a time limit above the partition's": (("--time", "99-00:00:00"), "Requested time limit is invalid"),
+    "an account that a partition wants": (("--partition", "billed"), "(see slurm.account)"),
     "a layout that does not fit": (("--nodes", 3), "accepted: a divisor of the layout's 2 ranks"),
 }
 
@@ -219,21 +223,20 @@ def test_a_run_is_not_submitted_twice(limited: Limited, recipe: Path):
 
 
 def test_a_job_preempted_and_one_requeued_by_an_operator_save_and_compute_what_they_would_have(
-    moved: Submitted, array: Array
+    moved: Moved, array: Array
 ):
-    assert moved.events() == ["started", "ended", "started", "ended", "started", "done"]
-    assert job_details(moved.job)["Restarts"] == "2"
-    assert "after step 3" in moved.log(1)
-    assert "after step 5" in moved.log(2)
-    assert moved.lines() == array.tasks[0].lines()
+    assert moved.job.events()[:5] == ["started", "ended", "started", "ended", "started"]
+    assert moved.restarts == "2"
+    assert "after step 3" in moved.job.log(1)
+    assert "after step 5" in moved.job.log(2)
+    assert moved.job.lines() == array.tasks[0].lines()
 
 
-def test_a_job_out_of_requeues_stays_saved_and_goes_on_by_hand(bounded: Bounded):
-    assert bounded.saved == 1
-    script = bounded.first.directory / "slurm/train.sbatch"
-    assert f"slurm.max_requeues is 0: stays as it is. To go on: sbatch {script}" in bounded.said
-    assert bounded.first.events() == ["started", "stopped", "gave_up", "started", "done"]
-    assert [line["step"] for line in bounded.by_hand.lines()] == list(range(STEPS + 1))
+def test_a_job_out_of_requeues_stays_saved_and_goes_on_by_hand(moved: Moved):
+    assert moved.saved == 6
+    script = moved.job.directory / "slurm/train.sbatch"
+    assert f"slurm.max_requeues is 2: stays as it is. To go on: sbatch {script}" in moved.said
+    assert moved.job.events()[5:] == ["stopped", "gave_up", "started", "done"]
 
 
 def test_a_job_that_fails_twice_at_the_same_step_stops_and_says_so(failing: Submitted):
@@ -251,7 +254,7 @@ def test_arms_and_seeds_are_an_array_of_different_runs(array: Array):
         recipe_of_run = yaml.safe_load((task.directory / "recipe.yaml").read_text())
         assert (recipe_of_run["objective"]["name"], recipe_of_run["seed"]) == (arm, seed)
     assert len({json.dumps(task.lines()) for task in array.tasks}) == 4
-    assert len(array.status.splitlines()) == 8
+    assert len(array.status.splitlines()) == 4 * 2 + 2
 
 
 def test_where_jobs_may_not_requeue_a_run_goes_on_as_another_and_the_comparison_waits_for_that(array: Array):
@@ -266,6 +269,14 @@ def test_where_jobs_may_not_requeue_a_run_goes_on_as_another_and_the_comparison_
     assert f"megatron-gspo compare {directories} --output {array.output}/compare.html" in said
     assert job_details(array.comparison)["JobState"] == "COMPLETED", said
     assert "<html" in (array.output / "compare.html").read_text()
+
+
+def test_status_of_a_comparison_tells_of_the_job_that_draws_it(array: Array):
+    waiting = f"{array.output}  comparison: job {array.comparison}  PENDING (Dependency)  page: not drawn yet"
+    assert array.status.splitlines()[8:] == [waiting, "    log: not started yet"]
+    done = f"{array.output}  comparison: job {array.comparison}  COMPLETED  page: {array.output}/compare.html"
+    log = f"    log: {array.output}/slurm/compare_{array.comparison}.log"
+    assert program("status", array.comparison).stdout.splitlines() == [done, log]
 
 
 def test_ranks_sample_from_a_server_on_a_node_of_its_own(served: Served):
@@ -287,7 +298,29 @@ def test_a_jobs_servers_have_a_key_that_nobody_else_can_read_and_that_is_written
     assert list((served.run.directory / "slurm/servers/machine_0").glob("server_0.log"))
 
 
-def test_ranks_whose_servers_cannot_start_do_not_wait_for_them(unserved: Submitted):
-    assert "$MEGATRON_GSPO_SGLANG_PYTHON is /nowhere/python, which cannot be run" in unserved.log()
-    assert unserved.events() == ["started", "refused"]
-    assert not (unserved.directory.parent / ".unserved.servers").exists()
+def test_ranks_whose_servers_cannot_start_do_not_wait_for_them(beside: Beside):
+    assert "$MEGATRON_GSPO_SGLANG_PYTHON is /nowhere/python, which cannot be run" in beside.refused
+    assert beside.job.events()[:2] == ["started", "refused"]
+    assert not beside.left
+
+
+def test_a_cancelled_job_saves_the_step_that_it_samples_from_a_server_beside_its_rank(beside: Beside):
+    # SLURM's SIGTERM reached every process of the job, the server's too; the step then handed it new weights.
+    assert [line["step"] for line in beside.job.lines()] == [0, 1, 2]
+    assert all(line["mismatch/log_prob_abs_mean"] < 1e-4 for line in beside.job.lines()[1:])
+    assert all(line["rollout/num_restarts"] == line["rollout/num_retries"] == 0 for line in beside.job.lines()[1:])
+    assert "is started again" not in beside.job.log()
+    assert beside.job.newest_checkpoint() == 2
+    assert beside.job.events()[2:] == ["started", "ended"]
+    assert re.search(r"1 nodes \(of node\d\), 1 ranks each, after step 0", beside.job.log())
+    assert job_details(beside.job.job)["JobState"] == "CANCELLED"
+
+
+def test_nothing_is_started_where_a_node_does_not_see_the_output_directory(unseen: Submitted):
+    assert f"node2 does not see {unseen.directory}/slurm/recipe.yaml" in unseen.log()
+    assert unseen.events() == ["started", "refused"]
+
+
+@pytest.mark.skipif(not MODULES.exists(), reason="Debian's environment-modules is not installed")
+def test_environment_modules_are_loaded(undisturbed: Submitted):
+    assert MODULE_SAYS in undisturbed.log()
