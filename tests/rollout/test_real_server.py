@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,10 +11,13 @@ import stat
 import subprocess
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -23,6 +27,7 @@ from megatron_gspo.data.tokenizer import build_byte_tokenizer
 from megatron_gspo.rollout.multi_turn import MultiTurn
 from megatron_gspo.rollout.sglang import ServerHost, SglangEngine
 from megatron_gspo.rollout.sglang_client import ServersGoneError
+from megatron_gspo.rollout.sglang_http import SglangHttp
 from megatron_gspo.rollout.sglang_response import ResponseSchemaError
 from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from megatron_gspo.types import Prompt, Response, TrainingFailedError
@@ -169,6 +174,34 @@ def test_other_servers_take_over_from_one_that_is_gone(recipe: Recipe, host: Ser
         assert engine.take_counts()["rollout/num_retries"] >= 1
 
 
+def test_a_server_is_given_no_more_than_it_samples_at_one_time_and_a_slower_one_less(
+    recipe: Recipe, host: ServerHost, monkeypatch: pytest.MonkeyPatch
+):
+    server, num_at_once = host.connection.urls[0], 3
+    in_flight, most, served = Counter[str](), Counter[str](), Counter[str]()
+    request = SglangHttp._request
+
+    async def noted(self: SglangHttp, url: str, endpoint: str, *arguments: Any) -> httpx.Response:
+        if endpoint != "/generate":
+            return await request(self, url, endpoint, *arguments)
+        in_flight[url] += 1
+        most[url] = max(most[url], in_flight[url])
+        answer = await request(self, url, endpoint, *arguments)
+        await asyncio.sleep(0 if url == server else 2.0)
+        in_flight[url] -= 1
+        served[url] += 1
+        return answer
+
+    with faulty_proxy(server, []) as slow:
+        engine = engine_on(with_sglang(recipe, max_requests_in_flight=num_at_once), host, server, slow)
+        engine.update_weights(weights_of(policy(recipe, seed=1)), version=1)
+        monkeypatch.setattr(SglangHttp, "_request", noted)
+        engine.generate(PROMPTS, 8, replace(SETTINGS, max_response_tokens=4))
+    assert most == {server: num_at_once, slow: num_at_once}
+    assert served[server] + served[slow] == 8 * len(PROMPTS)
+    assert 0 < served[slow] < served[server]
+
+
 def test_a_step_waits_for_servers_no_longer_than_it_may(recipe: Recipe, host: ServerHost):
     with faulty_proxy(host.connection.urls[0], []) as url:
         engine = engine_on(with_sglang(recipe, outage_timeout_s=1.0), host, url)
@@ -285,7 +318,7 @@ import sys, threading, time
 from pathlib import Path
 from megatron_gspo.config import load_recipe
 from megatron_gspo.rollout.sglang_server import ServerModel, SglangServers
-recipe = load_recipe(Path(sys.argv[1]))
+recipe = load_recipe(Path(sys.argv[1]), ["rollout.sglang.num_servers=1"])
 model = ServerModel(recipe.model.path, "float32", on_cpu=True, return_routed_experts=False)
 servers = SglangServers(recipe.rollout.sglang, model, Path(sys.argv[2]))
 threading.Thread(target=servers.start, daemon=True).start()
