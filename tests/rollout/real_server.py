@@ -152,7 +152,7 @@ def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 600.0) -
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, f"{what} within {timeout_s:g} s"
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def load(path: Path, *overrides: str) -> Recipe:

@@ -38,9 +38,9 @@ def write_policy_that_asks(recipe: Recipe, path: Path) -> Path:
     model = policy(recipe, seed=1)
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
     for direction, (read, written) in enumerate(FOLLOWS.items()):
-        ends = [TOKENIZER.eos_token_id] if "\0" in written else []
         embedding[TOKENIZER.encode(read), direction] += 4.0
-        head[TOKENIZER.encode(written.strip("\0")) + ends, direction] += 4.0
+        head[TOKENIZER.encode(written.strip("\0")), direction] += 4.0
+        head[TOKENIZER.eos_token_id, direction] += 3.8 * ("\0" in written)  # less often, so that there are more turns
     model.save_pretrained(path)
     TOKENIZER.save_pretrained(path)
     return path
@@ -151,4 +151,4 @@ def assert_is_the_responses(sample: Sample, response: Response, version: int) ->
     assert [span.version for span in response.version_spans] == [version]
     assert not sample.staleness.any()
     assert (response.log_probs[~response.is_sampled] == 0).all()
-    assert (response.log_probs[response.is_sampled] < 0).all()
+    assert response.log_probs[response.is_sampled].min() < 0 >= response.log_probs.max()
