@@ -39,7 +39,7 @@ CPU_CACHE_TOKENS = 65_536
 LAST_LINES = 15
 PROGRESS_EVERY_S = 10.0
 RESTART_PAUSE_S = 2.0
-#: Each server is asked for a sign of life this often, or four times in `hang_timeout_s` where that is more often.
+#: Each server is asked for a sign of life this often, or eight times in `hang_timeout_s` where that is more often.
 LOOK_EVERY_S = 10.0
 MAX_RESTARTS = 5
 
@@ -166,12 +166,7 @@ class _Server:
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
     is_up: bool = False  # it has answered since it was launched
-    heard_at: float = 0.0  # by the monotonic clock: when it last did, or was launched
     given_up: bool = False
-
-    def has_answered(self) -> None:
-        """Note that it has, now."""
-        self.is_up, self.heard_at = True, time.monotonic()
 
 
 @dataclass
@@ -264,7 +259,7 @@ class SglangServers:
                 env=server_environment(self.model.on_cpu, self.section.host),
                 start_new_session=True,
             )
-        server.is_up, server.heard_at = False, time.monotonic()
+        server.is_up = False
 
     def _wait_until_up(self) -> None:
         started = told = time.monotonic()
@@ -276,8 +271,7 @@ class SglangServers:
                         f"SGLang server {server.index} ended with status {status} instead of coming up; its last lines "
                         f"were\n{_last_lines(server.log)}"
                     )
-                if _answers(server.url):
-                    server.has_answered()
+                server.is_up = _answers(server.url)
             elapsed = time.monotonic() - started
             if elapsed > self.section.startup_timeout_s:
                 raise UserError(
@@ -292,26 +286,36 @@ class SglangServers:
         logger.info("SGLang: %d servers up after %.0f s", len(self._servers), time.monotonic() - started)
 
     def _listen_to(self, server: _Server) -> None:
-        """Note when a server answers.
+        """End a server that answers nothing any more.
 
-        It is asked for what its scheduler says of itself, so a server whose scheduler hangs is silent too. `/health` would
-        have it sample a token, which wakes one at rest and ends one whose memory is released.
+        It is asked for what its scheduler says of itself, so one whose scheduler hangs is silent too. (`/health` would have
+        it sample a token, which wakes a server at rest and ends one whose memory is released.) Silence is summed up over
+        questions: time in which this process was suspended, and its servers with it, is not theirs.
         """
-        while not self._closing.wait(min(LOOK_EVERY_S, self.section.hang_timeout_s / 4)):
-            process = server.process
-            if _tells_of_itself(server.url, self.key) and server.process is process:
-                server.has_answered()
+        asked, silent_s = server.process, 0.0
+        pause_s = self._pause_s()
+        while not self._closing.wait(pause_s):
+            asked_at = time.monotonic()
+            answers = _tells_of_itself(server.url, self.key, timeout_s=min(LOOK_TIMEOUT_S, 3 * pause_s))
+            if server.process is not asked:
+                asked, silent_s = server.process, 0.0
+            elif answers:
+                server.is_up, silent_s = True, 0.0
+            else:
+                silent_s += pause_s + min(time.monotonic() - asked_at, LOOK_TIMEOUT_S)
+                limit_s = self.section.hang_timeout_s if server.is_up else self.section.startup_timeout_s
+                if silent_s > limit_s:
+                    self._end_silent(server)
+            pause_s = self._pause_s()
+
+    def _pause_s(self) -> float:
+        return min(LOOK_EVERY_S, self.section.hang_timeout_s / 8)
 
     def _watch(self) -> None:
-        """Start again what dies, and end what is silent. A server that keeps dying is given up; the client says so."""
+        """Start again what dies. A server that keeps dying is given up; the client says so when none is left."""
         while not self._closing.wait(RESTART_PAUSE_S):
             for server in self._servers:
-                if server.given_up or server.process is None:
-                    continue
-                if server.process.poll() is None:
-                    limit_s = self.section.hang_timeout_s if server.is_up else self.section.startup_timeout_s
-                    if time.monotonic() - server.heard_at > limit_s:
-                        self._end_silent(server)
+                if server.given_up or server.process is None or server.process.poll() is None:
                     continue
                 status, lines = server.process.returncode, _last_lines(server.log)
                 _end(server)
@@ -349,11 +353,11 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _tells_of_itself(url: str, key: str) -> bool:
-    """Whether a server and its scheduler answer."""
+def _tells_of_itself(url: str, key: str, timeout_s: float) -> bool:
+    """Whether a server and its scheduler answer in time."""
     headers = {"Authorization": f"Bearer {key}"}
     try:
-        answer = httpx.get(f"{url}/server_info", headers=headers, timeout=LOOK_TIMEOUT_S, trust_env=False)
+        answer = httpx.get(f"{url}/server_info", headers=headers, timeout=timeout_s, trust_env=False)
     except httpx.TransportError:
         return False
     return answer.status_code == httpx.codes.OK

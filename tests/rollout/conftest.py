@@ -13,7 +13,7 @@ from megatron_gspo.rollout.sglang import ServerHost
 from tests.rollout.real_server import load, with_sglang, write_model_and_recipe
 
 #: How often servers are asked for a sign of life here: a test that has one hang need not wait long until it is missed.
-LOOK_EVERY_S = 2.0
+LOOK_EVERY_S = 1.0
 
 
 @pytest.fixture(scope="session")

@@ -296,7 +296,7 @@ def test_servers_killed_or_hung_while_they_sample_are_started_again_and_no_respo
         os.killpg(hung, signal.SIGSTOP)
         os.killpg(killed, signal.SIGKILL)
         with monkeypatch.context() as patch:
-            patch.setattr(servers, "section", servers.section.model_copy(update={"hang_timeout_s": 4 * LOOK_EVERY_S}))
+            patch.setattr(servers, "section", servers.section.model_copy(update={"hang_timeout_s": 8 * LOOK_EVERY_S}))
             wait_until(lambda: not {hung, killed} & set(servers.process_ids()), "the silent server is ended")
 
     failing = threading.Timer(1.0, fail)
