@@ -24,11 +24,12 @@ from megatron_gspo.training.old_policy import record_mismatch
 from megatron_gspo.training.routing import RoutingControl, StepRoutes
 from megatron_gspo.training.totals import Totals
 from megatron_gspo.types import Prompt, Response, Sample, SamplingSettings
-from tests.end_to_end.program import Ended, Program, Run
+from tests.end_to_end.program import Ended, Program
 from tests.rollout.real_server import engine_on, faulty_proxy, servers_of, wait_until
 
 LONG = SamplingSettings(max_response_tokens=48)
 STEPS, PROMPTS_PER_STEP = 6, 4
+STEADY = [f"training.steps={STEPS}", "parallel.data=2", "data.eval=null", "rollout.max_response_tokens=64"]
 
 
 def prompts() -> list[Prompt]:
@@ -95,6 +96,18 @@ def test_bfloat16_is_a_real_mismatch_and_replaying_its_routes_lowers_it(
         assert replayed[f"ratio/{unit}_log_std"] < 0.7 * live[f"ratio/{unit}_log_std"]
 
 
+def test_a_run_that_waits_for_servers_is_saved_once_a_rank_is_asked_to_stop(
+    recipe_file: Path, host: ServerHost, program: Program, tmp_path: Path
+):
+    run = tmp_path / "run"
+    with faulty_proxy(host.connection.urls[0], []) as url:  # the step would wait 900 s for what it leads to
+        asked = program.start("train", recipe_file, *STEADY, *servers_of(host, url), "--output-dir", run, num_ranks=2)
+        wait_until(lambda: bool(lines_of(run)) or asked.has_ended(), "a step is made")
+    wait_until(lambda: "out of use" in asked.said("stderr") or asked.has_ended(), "the first rank waits")
+    asked.signal(signal.SIGUSR1, rank=1)
+    assert_saved(asked.wait(300), run, "no SGLang server answers, and the run was asked to stop: http://")
+
+
 def test_when_all_servers_are_gone_the_run_is_saved_and_goes_on_with_others(
     recipe_file: Path,
     host: ServerHost,
@@ -104,40 +117,27 @@ def test_when_all_servers_are_gone_the_run_is_saved_and_goes_on_with_others(
     monkeypatch: pytest.MonkeyPatch,
 ):
     run = tmp_path / "run"
-    options = [f"training.steps={STEPS}", "parallel.data=2", "data.eval=null", "rollout.max_response_tokens=64"]
-
-    def start(servers: list[str], *more: str) -> Run:
-        return program.start("train", recipe_file, *options, *servers, *more, "--output-dir", run, num_ranks=2)
-
-    # A step waits for servers, here for up to 900 s; once a rank is asked to stop, none waits any longer.
-    with faulty_proxy(host.connection.urls[0], []) as url:
-        asked = start(servers_of(host, url))
-        wait_until(lambda: bool(lines_of(run)) or asked.has_ended(), "a step is made")
-    wait_until(lambda: "out of use" in asked.said("stderr") or asked.has_ended(), "the first rank waits")
-    asked.signal(signal.SIGUSR1, rank=1)
-    last = assert_saved(asked.wait(300), run, "no SGLang server answers, and the run was asked to stop: http://")
-
-    killed = start(servers_of(bfloat16_host), "rollout.sglang.outage_timeout_s=2", "--resume")
-    wait_until(lambda: lines_of(run)[-1]["step"] > last or killed.has_ended(), "a further step is made")
+    options = ["train", recipe_file, *STEADY, "rollout.sglang.outage_timeout_s=2", "--output-dir", run]
+    killed = program.start(*options, *servers_of(bfloat16_host), num_ranks=2)
+    wait_until(lambda: bool(lines_of(run)) or killed.has_ended(), "a step is made")
     kill_for_good(bfloat16_host, monkeypatch)
     words = "no SGLang server has answered for rollout.sglang.outage_timeout_s (2 s): http://"
-    assert assert_saved(killed.wait(300), run, words) > last
+    assert_saved(killed.wait(300), run, words)
 
-    ended = start(servers_of(host), "--resume").wait(600)
+    ended = program.run(*options, *servers_of(host), "--resume", num_ranks=2)
     assert ended.returncode == 0, ended.stderr
     assert [(line["step"], line["policy_version"]) for line in lines_of(run)] == [(n, n) for n in range(1, STEPS + 1)]
     assert cursor(run, STEPS) == STEPS * PROMPTS_PER_STEP, "each prompt was learned from once"
 
 
-def assert_saved(ended: Ended, run: Path, words: str) -> int:
-    """The last finished step, which is saved, and is not the run's last."""
+def assert_saved(ended: Ended, run: Path, words: str) -> None:
+    """The run's last finished step is saved, it is not the recipe's last, and it is said why."""
     last = int(lines_of(run)[-1]["step"])
     assert ended.returncode == 75, ended.stderr
     assert words in ended.stdout + ended.stderr
     assert "Traceback" not in ended.stderr
     assert 0 < last < STEPS
     assert cursor(run, last) == last * PROMPTS_PER_STEP
-    return last
 
 
 def kill_for_good(host: ServerHost, monkeypatch: pytest.MonkeyPatch) -> None:
