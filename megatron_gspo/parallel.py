@@ -146,6 +146,26 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
+def notice(name: str) -> None:
+    """Let the other ranks know something. No collective: they find it when they look (`is_noticed`)."""
+    if _has_peers():
+        _store().set(name, "")
+
+
+def is_noticed(name: str) -> bool:
+    """Whether any rank has let the others know this. Returns at once, from any thread."""
+    return _has_peers() and bool(_store().check([name]))
+
+
+def _has_peers() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _store() -> dist.Store:
+    """Where ranks met, which serves them to the end (torch 2.13, distributed/distributed_c10d.py)."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def data_rank() -> int:
     """Which share of the data this rank works on; equal on all ranks that hold one copy of the model together."""
     return parallel_state.get_data_parallel_rank()

@@ -137,6 +137,11 @@ class OpenGroup:
         """Whether every response has come to its end."""
         return all(response is not None and response.finish_reason != "abort" for response in self.responses)
 
+    @property
+    def begun(self) -> tuple[Response, ...]:
+        """The responses that have tokens, in order; of a complete group all G."""
+        return tuple(response for response in self.responses if response is not None)
+
     @classmethod
     def of(cls, prompt: Prompt, num_responses: int) -> OpenGroup:
         """A group of which nothing is sampled yet."""

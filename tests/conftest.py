@@ -1,11 +1,15 @@
-"""Settings for every test."""
+"""Settings for every test, and what tests of several directories share."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadFileScheduling
+
+from tests.end_to_end.program import Program
 
 # How long an example takes depends on what else the machine does; pytest's own time limit stops a test that hangs.
 settings.register_profile("any machine", deadline=None)
@@ -26,3 +30,22 @@ class SharedPartsTogether(LoadFileScheduling):
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedPartsTogether:
     # xdist's own groups (`--dist loadgroup`) are not seen under pytest 9.2.
     return SharedPartsTogether(config, log)
+
+
+@pytest.fixture(scope="session")
+def program() -> Iterator[Program]:
+    """One process that forks the runs of all tests of this session."""
+    forked = Program()
+    yield forked
+    forked.close()
+
+
+@pytest.fixture
+def _signals_as_they_were() -> Iterator[None]:
+    """For tests that train in this process: a run listens to signals to its end, which is the process's."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    wakeup = signal.set_wakeup_fd(-1)
+    yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -3,19 +3,22 @@
     python tools/measure_rollouts.py [--rounds 5] [--hidden-size 512] [--vocabulary 32000] [--servers 1]
 
 One trainer in float32 with random weights, the local engine, and real SGLang servers that this starts. Ways take turns
-within every round, so that a machine whose speed swings slows them all alike; the first round is left out, and the table
-gives the median of the others and their range. A hand-over is measured as the trainer sees it: from the first weight
-exported until every server computes with them.
+within every round, so that a machine whose speed swings slows them all alike. The first round is left out; of the others the
+tables give medians with the least and the most, and the same of each way's ratio to the first way in the same round, which
+says more where other work shares the machine. A hand-over is measured as the trainer sees it: from the first weight
+exported until every server computes with them. Memory that is released and resumed (`rollout.sglang.release_memory`) is not
+measured: it takes servers on GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,13 +56,18 @@ def main() -> None:
 
         local = LocalEngine(recipe.model.path, device=device())
         host = ServerHost(recipe, on_cpu=device().type == "cpu")
+        load = os.getloadavg()[0]
         try:
             measure_weights(recipe, host, local, export, arguments.rounds)
-            with connected(recipe, host, "broadcast") as engine:
+            with connected(recipe, host, "disk") as engine:
                 engine.update_weights(export(), 1)
                 measure_sampling({"local": local, "SGLang": engine}, config.vocab_size, arguments)
         finally:
             host.close()
+        print(
+            f"\n{os.cpu_count()} cores, {torch.get_num_threads()} threads a process, "
+            f"load average {load:.1f} before and {os.getloadavg()[0]:.1f} after"
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -124,7 +132,7 @@ def measure_weights(
 ) -> None:
     """Hand the weights over by every way in turn."""
     num_bytes = sum(tensor.nbytes for _, tensor in export())
-    seconds: dict[str, list[float]] = {"local": [], "disk": [], "broadcast": []}
+    seconds: dict[str, list[float]] = {"disk": [], "broadcast": [], "local": []}
     for _ in range(rounds + 1):
         for name, taken in seconds.items():
             if name == "local":
@@ -135,12 +143,8 @@ def measure_weights(
                 taken.append(timed_update(engine, export, 1))
                 if any(endpoint.is_out for endpoint in engine._client.endpoints):
                     raise SystemExit(f"{name}: a server did not get the weights")
-    print(f"\n| {num_bytes / 1e6:.0f} MB of weights | s | GB/s |\n| --- | --- | --- |")
-    for name, taken in seconds.items():
-        median = statistics.median(taken[1:])
-        print(
-            f"| {name} | {median:.2f} ({min(taken[1:]):.2f} to {max(taken[1:]):.2f}) | {num_bytes / 1e9 / median:.2f} |"
-        )
+    print_table(f"{num_bytes / 1e6:.0f} MB of weights, s", seconds, "{:.2f}")
+    print_table("GB/s", {name: [num_bytes / 1e9 / each for each in taken] for name, taken in seconds.items()}, "{:.3f}")
 
 
 def timed_update(
@@ -180,11 +184,22 @@ def measure_sampling(ways: dict[str, RolloutEngine], vocabulary: int, arguments:
             sampled = sum(len(response.token_ids) for group in groups for response in group)
             assert sampled == arguments.prompts * arguments.responses * arguments.tokens, "nothing stops early"
             rates[name].append(sampled / (time.perf_counter() - started))
-    print(
-        f"\n| {arguments.prompts} x {arguments.responses} responses of {arguments.tokens} tokens | tokens/s |\n| --- | --- |"
-    )
-    for name, found in rates.items():
-        print(f"| {name} | {statistics.median(found[1:]):.0f} ({min(found[1:]):.0f} to {max(found[1:]):.0f}) |")
+    what = f"{arguments.prompts} × {arguments.responses} responses of {arguments.tokens} tokens, tokens/s"
+    print_table(what, rates, "{:.0f}")
+
+
+def print_table(what: str, found: Mapping[str, Sequence[float]], form: str) -> None:
+    """A row a way: what was found round by round, and its ratio to the first way's; the first round does not count."""
+    (first, base), *_ = found.items()
+    print(f"\n| {what} | median (least to most) | of {first} in the same round |\n| --- | --- | --- |", flush=True)
+    for name, rounds in found.items():
+        ratios = [here / there for here, there in zip(rounds, base, strict=True)]
+        print(f"| {name} | {_spread(rounds[1:], form)} | {_spread(ratios[1:], '{:.2f}')} |", flush=True)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    median, least, most = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return f"{median} ({least} to {most})"
 
 
 if __name__ == "__main__":

@@ -62,6 +62,9 @@ class SglangSection(Section):
     """How long servers may take to come up."""
     request_timeout_s: PositiveFloat = 1800.0
     """How long a server may be silent over a response before it is asked of another one; above the longest sampling."""
+    hang_timeout_s: PositiveFloat = 600.0
+    """How long a server started here may answer nothing at all before it is ended and started again; above the longest
+    loading of weights."""
     outage_timeout_s: PositiveFloat = 900.0
     """How long a step waits while no server answers."""
 

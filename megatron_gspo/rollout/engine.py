@@ -20,7 +20,7 @@ class EngineGoneError(TrainingFailedError):
 
 
 class RolloutEngine(Protocol):
-    """Samples responses from the policy it was last given.
+    """Samples responses from the policy it was last given. Engines derive from it.
 
     What every engine promises of a response:
 
@@ -50,6 +50,10 @@ class RolloutEngine(Protocol):
         Returns one tuple of G responses a prompt, in the order of `prompts`. A prompt may occur more than once.
         RuntimeError when there are no weights to sample from; EngineGoneError where the engine can come to lie elsewhere.
         """
+        done = self.generate_until(
+            [OpenGroup.of(prompt, responses_per_prompt) for prompt in prompts], len(prompts), settings
+        )
+        return [group.begun for group in done]
 
     def generate_until(
         self,

@@ -22,13 +22,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from megatron_gspo.rollout.cpu_layers import use_cpu_layers
 from megatron_gspo.rollout.decoding import decode
+from megatron_gspo.rollout.engine import RolloutEngine
 from megatron_gspo.rollout.open_groups import Slot, filled, joined, open_slots
-from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings, UserError
+from megatron_gspo.types import OpenGroup, Response, SamplingSettings, UserError
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
 
 
-class LocalEngine:
+class LocalEngine(RolloutEngine):
     """Samples from a Transformers model whose weights are only ever set through `update_weights`."""
 
     def __init__(
@@ -91,17 +92,6 @@ class LocalEngine:
             )
         self._weight_version = version
 
-    def generate(
-        self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
-    ) -> list[tuple[Response, ...]]:
-        """Sample G responses to each prompt; see `RolloutEngine.generate`.
-
-        The same call with the same weights and seed gives the same responses, and leaves global random states alone.
-        """
-        groups = [OpenGroup.of(prompt, responses_per_prompt) for prompt in prompts]
-        done = self.generate_until(groups, len(groups), settings)
-        return [tuple(response for response in group.responses if response is not None) for group in done]
-
     def generate_until(
         self,
         groups: Sequence[OpenGroup],
@@ -109,7 +99,10 @@ class LocalEngine:
         settings: SamplingSettings,
         interrupt: threading.Event | None = None,
     ) -> list[OpenGroup]:
-        """Sample until enough groups are complete; see `RolloutEngine.generate_until`. Repeatable as `generate` is."""
+        """Sample until enough groups are complete; see `RolloutEngine.generate_until`.
+
+        The same call with the same weights and seed gives the same responses, and leaves global random states alone.
+        """
         version, model = self.weight_version, self._model
         assert model is not None, "an engine with a weight version has a model"
         generator = torch.Generator().manual_seed(settings.seed)

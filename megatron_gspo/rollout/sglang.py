@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from megatron_gspo.config import Recipe
+from megatron_gspo.rollout.engine import RolloutEngine
 from megatron_gspo.rollout.serve import KEY_NAME, find_servers
 from megatron_gspo.rollout.sglang_client import Endpoint, SglangClient
 from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
@@ -34,7 +35,7 @@ from megatron_gspo.rollout.weight_sync import WeightSync
 from megatron_gspo.rollout.weight_sync_broadcast import BroadcastWeightSync
 from megatron_gspo.rollout.weight_sync_broadcaster import WeightBroadcaster
 from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
-from megatron_gspo.types import OpenGroup, Prompt, Response, SamplingSettings, TrainingFailedError, UserError
+from megatron_gspo.types import OpenGroup, SamplingSettings, TrainingFailedError, UserError
 
 #: What a server may take to answer beside the time limit of what it is asked to do.
 ANSWER_MARGIN_S = 10.0
@@ -94,11 +95,17 @@ class ServerHost:
         self._directory.cleanup()
 
 
-class SglangEngine:
+class SglangEngine(RolloutEngine):
     """Samples from SGLang servers."""
 
     def __init__(
-        self, recipe: Recipe, connection: ServerConnection, *, host: ServerHost | None = None, num_clients: int = 1
+        self,
+        recipe: Recipe,
+        connection: ServerConnection,
+        *,
+        host: ServerHost | None = None,
+        num_clients: int = 1,
+        is_stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Connect to servers, and see that they are what the run needs.
 
@@ -107,6 +114,7 @@ class SglangEngine:
             connection: to the servers.
             host: on the process that owns them and sends the weights; None on the others.
             num_clients: processes of the run that drive prompts, which share what a server samples at one time.
+            is_stop_requested: asked while no server answers; a run that is to stop waits for none (EngineGoneError).
 
         Raises:
             UserError: a server does not answer, does not take the key, or does not return the routes the run replays.
@@ -123,6 +131,7 @@ class SglangEngine:
             self._sync,
             requests_per_server=max(1, section.max_requests_in_flight // num_clients),
             outage_timeout_s=section.outage_timeout_s,
+            is_stop_requested=is_stop_requested,
             routes=RoutesShape.of(_read_config(recipe.model.path)) if replays else None,
         )
         self._version: int | None = None
@@ -139,14 +148,6 @@ class SglangEngine:
         if self._version is None or self._closed:
             raise RuntimeError("the rollout engine has no weights: no update has succeeded yet, or it is closed")
         return self._version
-
-    def generate(
-        self, prompts: Sequence[Prompt], responses_per_prompt: int, settings: SamplingSettings
-    ) -> list[tuple[Response, ...]]:
-        """See `RolloutEngine.generate`, and `SglangClient.sample` for what else is raised."""
-        groups = [OpenGroup.of(prompt, responses_per_prompt) for prompt in prompts]
-        done = self.generate_until(groups, len(groups), settings)
-        return [tuple(response for response in group.responses if response is not None) for group in done]
 
     def generate_until(
         self,

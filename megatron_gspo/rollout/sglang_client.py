@@ -24,12 +24,12 @@ import logging
 import secrets
 import threading
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from megatron_gspo.rollout.engine import EngineGoneError
 from megatron_gspo.rollout.open_groups import Slot, filled, open_slots
-from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp, weight_label
+from megatron_gspo.rollout.sglang_http import LOOK_TIMEOUT_S, ServerFaultError, SglangHttp, weight_label
 from megatron_gspo.rollout.sglang_response import (
     Expected,
     NothingSampledError,
@@ -53,7 +53,7 @@ CALL_OFF_EVERY_S, LONGEST_CALL_OFF_S = 0.1, 30.0
 
 
 class ServersGoneError(EngineGoneError):
-    """No server has answered for longer than the recipe allows."""
+    """No server has answered for longer than the recipe allows, or none answers a run that was asked to stop."""
 
 
 @dataclass
@@ -110,6 +110,7 @@ class SglangClient:
         *,
         requests_per_server: int,
         outage_timeout_s: float,
+        is_stop_requested: Callable[[], bool],
         routes: RoutesShape | None,
     ) -> None:
         """
@@ -119,6 +120,7 @@ class SglangClient:
             sync: how a server that has other weights gets the current ones.
             requests_per_server: responses of this client that a server samples at one time.
             outage_timeout_s: how long to wait while no server answers.
+            is_stop_requested: asked while none does; what has been asked to stop waits no longer.
             routes: what routed experts look like; None where they are not asked for.
         """
         self.endpoints = [Endpoint(url) for url in urls]
@@ -126,7 +128,7 @@ class SglangClient:
         self._http = http
         self._sync = sync
         self._requests_per_server = requests_per_server
-        self._outage_timeout_s = outage_timeout_s
+        self._outage_timeout_s, self._is_stop_requested = outage_timeout_s, is_stop_requested
         self._routes = routes
 
     async def sample(
@@ -140,7 +142,7 @@ class SglangClient:
         """`RolloutEngine.generate_until`, with the weights of `version`.
 
         Raises:
-            ServersGoneError: no server has answered for the outage's time limit.
+            ServersGoneError: no server has answered for the outage's time limit, or since a stop was asked for.
             ResponseSchemaError: an answer is not what this program reads.
             TrainingFailedError: a request is refused, or fails with every server.
             UserError: a server does not take the key.
@@ -292,7 +294,7 @@ class SglangClient:
         while True:
             await asyncio.sleep(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(endpoint.faults, 10)))
             try:
-                await self._http.ask(endpoint.url, "/health")
+                await self._http.ask(endpoint.url, "/health", timeout_s=LOOK_TIMEOUT_S)
                 if await weight_label(self._http, endpoint.url) != label:
                     self.counts["rollout/num_resyncs"] += await self._sync.send(
                         self._http, endpoint.url, sampling.version
@@ -314,8 +316,11 @@ class SglangClient:
             await asyncio.sleep(LOOK_EVERY_S)
             if not all(endpoint.is_out for endpoint in self.endpoints):
                 last_in_use = clock()
-            elif clock() - last_in_use > self._outage_timeout_s:
-                faults = "; ".join(endpoint.fault for endpoint in self.endpoints)
+                continue
+            faults = "; ".join(endpoint.fault for endpoint in self.endpoints)
+            if self._is_stop_requested():
+                raise ServersGoneError(f"no SGLang server answers, and the run was asked to stop: {faults}")
+            if clock() - last_in_use > self._outage_timeout_s:
                 raise ServersGoneError(
                     f"no SGLang server has answered for rollout.sglang.outage_timeout_s ({self._outage_timeout_s:g} s): "
                     f"{faults}"

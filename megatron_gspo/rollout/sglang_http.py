@@ -18,6 +18,8 @@ from megatron_gspo.types import TrainingFailedError, UserError
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S = 10.0
+#: What a server may take to say how it is; SGLang's `/health` answers after 20 s at the latest.
+LOOK_TIMEOUT_S = 30.0
 SHOWN_CHARACTERS = 300
 
 
@@ -47,7 +49,6 @@ class SglangHttp:
         """Keep connections for the duration of the block; how many are in use is for the caller to bound."""
         async with httpx.AsyncClient(
             headers=self._headers,
-            timeout=httpx.Timeout(self._timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=None),
             trust_env=False,
             follow_redirects=False,
@@ -64,8 +65,10 @@ class SglangHttp:
 
         return asyncio.run(in_session())
 
-    async def ask(self, url: str, endpoint: str, body: dict[str, Any] | None = None) -> Any:
-        """What the server at `url` answers to a GET, or to a POST of `body`.
+    async def ask(
+        self, url: str, endpoint: str, body: dict[str, Any] | None = None, *, timeout_s: float | None = None
+    ) -> Any:
+        """What the server at `url` answers to a GET, or to a POST of `body`; `timeout_s` where it is to answer sooner.
 
         Raises:
             ServerFaultError: refused or broken connection, silence (SilentServerError), status 429 or above 499, or an
@@ -73,7 +76,7 @@ class SglangHttp:
             RequestRefusedError: any other status that is not 200.
             UserError: the server does not take the key.
         """
-        response = await self._request(url, endpoint, body)
+        response = await self._request(url, endpoint, body, timeout_s)
         if not response.content:
             return None  # the health endpoint says all by its status
         try:
@@ -85,15 +88,18 @@ class SglangHttp:
 
     async def tell(self, url: str, endpoint: str, body: dict[str, Any]) -> None:
         """POST `body` to an endpoint that answers in words, of which the status says all. Raises what `ask` does."""
-        await self._request(url, endpoint, body)
+        await self._request(url, endpoint, body, None)
 
-    async def _request(self, url: str, endpoint: str, body: dict[str, Any] | None) -> httpx.Response:
+    async def _request(
+        self, url: str, endpoint: str, body: dict[str, Any] | None, timeout_s: float | None
+    ) -> httpx.Response:
         assert self._client is not None, "requests are made inside open()"
+        timeout = httpx.Timeout(timeout_s or self._timeout_s, connect=CONNECT_TIMEOUT_S)
         try:
             if body is None:
-                response = await self._client.get(url + endpoint)
+                response = await self._client.get(url + endpoint, timeout=timeout)
             else:
-                response = await self._client.post(url + endpoint, json=body)
+                response = await self._client.post(url + endpoint, json=body, timeout=timeout)
         except httpx.RequestError as error:
             kind = SilentServerError if isinstance(error, httpx.ReadTimeout) else ServerFaultError
             raise kind(f"{url}{endpoint}: {type(error).__name__} {error}".rstrip()) from error
@@ -112,6 +118,6 @@ class SglangHttp:
 
 
 async def weight_label(http: SglangHttp, url: str) -> object:
-    """What a server calls the weights it holds."""
-    info = await http.ask(url, "/model_info")
+    """What a server calls the weights it holds. What it is asked here never takes it long."""
+    info = await http.ask(url, "/model_info", timeout_s=LOOK_TIMEOUT_S)
     return info.get("weight_version") if isinstance(info, dict) else None

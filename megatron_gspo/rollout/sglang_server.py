@@ -2,9 +2,9 @@
 
 In: the recipe's `rollout.sglang`, and what the model and the run ask for. Out: the URLs of servers that answer, and the
 key they take. Servers listen on loopback or the machine's private address and take a random key of the job, which lies in
-a file only its owner can read; it is on no command line and in no log (`sglang_launcher`). A server that dies is started
-again by a thread; it then holds no weights of this run, and the client gives it the current ones before it is asked for
-anything. Servers end with this process, whatever ends it.
+a file only its owner can read; it is on no command line and in no log (`sglang_launcher`). Threads watch them: a server that
+answers nothing any more is ended, and one that has ended is started again. It then holds no weights of this run, and the
+client gives it the current ones before it is asked for anything. Servers end with this process, whatever ends it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import httpx
 
 from megatron_gspo.config import Recipe, SglangSection
 from megatron_gspo.launch import free_port
+from megatron_gspo.rollout.sglang_http import LOOK_TIMEOUT_S
 from megatron_gspo.rollout.sglang_response import SUPPORTED_VERSION
 from megatron_gspo.types import UserError
 
@@ -38,6 +39,8 @@ CPU_CACHE_TOKENS = 65_536
 LAST_LINES = 15
 PROGRESS_EVERY_S = 10.0
 RESTART_PAUSE_S = 2.0
+#: Each server is asked for a sign of life this often, or eight times in `hang_timeout_s` where that is more often.
+LOOK_EVERY_S = 10.0
 MAX_RESTARTS = 5
 
 #: What launchers of ranks say to their ranks, and what would put the trainer's own packages into a server's way.
@@ -162,7 +165,7 @@ class _Server:
     log: Path
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
-    is_up: bool = False
+    is_up: bool = False  # it has answered since it was launched
     given_up: bool = False
 
 
@@ -202,6 +205,8 @@ class SglangServers:
             raise
         self._watcher = threading.Thread(target=self._watch, name="sglang servers", daemon=True)
         self._watcher.start()
+        for server in self._servers:
+            threading.Thread(target=self._listen_to, args=(server,), name="sglang server", daemon=True).start()
 
     @property
     def urls(self) -> list[str]:
@@ -220,10 +225,8 @@ class SglangServers:
     def restart(self, url: str) -> None:
         """End a server that answers no more; it is started again as one that died."""
         for server in self._servers:
-            if server.url == url and server.process is not None and server.process.poll() is None:
-                logger.warning("SGLang server %d is silent and is ended", server.index)
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(server.process.pid, signal.SIGKILL)
+            if server.url == url:
+                self._end_silent(server)
 
     def take_restarts(self) -> int:
         """Restarts since this was last asked."""
@@ -238,6 +241,12 @@ class SglangServers:
         for server in self._servers:
             _end(server)
 
+    def _end_silent(self, server: _Server) -> None:
+        if server.process is not None and server.process.poll() is None:
+            logger.warning("SGLang server %d is silent and is ended", server.index)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.process.pid, signal.SIGKILL)
+
     def _launch(self, server: _Server) -> None:
         assert self.key_file is not None, "start has seen to it"
         command = launch_command(self._python, self.key_file, self.section, self.model, server.index, server.port)
@@ -250,6 +259,7 @@ class SglangServers:
                 env=server_environment(self.model.on_cpu, self.section.host),
                 start_new_session=True,
             )
+        server.is_up = False
 
     def _wait_until_up(self) -> None:
         started = told = time.monotonic()
@@ -274,6 +284,32 @@ class SglangServers:
                 logger.info("waiting for SGLang: %d of %d servers up after %.0f s", up, len(self._servers), elapsed)
             time.sleep(0.5)
         logger.info("SGLang: %d servers up after %.0f s", len(self._servers), time.monotonic() - started)
+
+    def _listen_to(self, server: _Server) -> None:
+        """End a server that answers nothing any more.
+
+        It is asked for what its scheduler says of itself, so one whose scheduler hangs is silent too. (`/health` would have
+        it sample a token, which wakes a server at rest and ends one whose memory is released.) Silence is summed up over
+        questions: time in which this process was suspended, and its servers with it, is not theirs.
+        """
+        asked, silent_s = server.process, 0.0
+        pause_s = self._pause_s()
+        while not self._closing.wait(pause_s):
+            asked_at = time.monotonic()
+            answers = _tells_of_itself(server.url, self.key, timeout_s=min(LOOK_TIMEOUT_S, 3 * pause_s))
+            if server.process is not asked:
+                asked, silent_s = server.process, 0.0
+            elif answers:
+                server.is_up, silent_s = True, 0.0
+            else:
+                silent_s += pause_s + min(time.monotonic() - asked_at, LOOK_TIMEOUT_S)
+                limit_s = self.section.hang_timeout_s if server.is_up else self.section.startup_timeout_s
+                if silent_s > limit_s:
+                    self._end_silent(server)
+            pause_s = self._pause_s()
+
+    def _pause_s(self) -> float:
+        return min(LOOK_EVERY_S, self.section.hang_timeout_s / 8)
 
     def _watch(self) -> None:
         """Start again what dies. A server that keeps dying is given up; the client says so when none is left."""
@@ -315,6 +351,16 @@ def _answers(url: str) -> bool:
         return httpx.get(f"{url}/health", timeout=30.0, trust_env=False).status_code == httpx.codes.OK
     except httpx.TransportError:
         return False
+
+
+def _tells_of_itself(url: str, key: str, timeout_s: float) -> bool:
+    """Whether a server and its scheduler answer in time."""
+    headers = {"Authorization": f"Bearer {key}"}
+    try:
+        answer = httpx.get(f"{url}/server_info", headers=headers, timeout=timeout_s, trust_env=False)
+    except httpx.TransportError:
+        return False
+    return answer.status_code == httpx.codes.OK
 
 
 def _last_lines(log: Path) -> str:

@@ -191,11 +191,13 @@ class WeightBroadcaster:
         """Whether a server answers, and holds other weights; one whose memory is released waits for the next ones."""
         try:
             async with asyncio.timeout(LOOK_TIMEOUT_S):
-                await self._http.ask(url, "/health")
                 found = await weight_label(self._http, url)
+                if found == label or str(found).endswith(RELEASED):
+                    return False
+                await self._http.ask(url, "/health")  # last, because a server at rest samples a token for it
         except (ServerFaultError, TimeoutError, UserError):  # whoever asks it for something says so
             return False
-        return found != label and not str(found).endswith(RELEASED)
+        return True
 
     async def _send_or_fault(self, urls: tuple[str, ...], backend: str, outgoing: _Outgoing) -> None:
         """Send all buckets to the servers of one group.

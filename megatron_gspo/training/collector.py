@@ -182,20 +182,17 @@ class ExperienceCollector:
 
     def _sample(self, asked: _Round, rollouts: Rollouts, *, is_begun: bool) -> _Complete:
         """The groups that are owed, complete; the others are carried."""
-        if rollouts.multi_turn is not None:
-            prompts, group_size = [group.prompt for group in asked.groups], self._recipe.rollout.responses_per_prompt
-            turns = rollouts.multi_turn.generate(prompts, group_size, asked.settings)
-            return {prompt.position: (prompt, group) for prompt, group in zip(prompts, turns, strict=True)}
         if is_begun:
             assert self._ahead is not None, "what has begun was begun ahead"
             sampled = self._ahead.take()
+        elif num_carried(self._recipe) == 0:  # no response is left unfinished, of one turn or several
+            prompts, group_size = [group.prompt for group in asked.groups], self._recipe.rollout.responses_per_prompt
+            whole = rollouts.generate(prompts, group_size, asked.settings)
+            return {prompt.position: (prompt, group) for prompt, group in zip(prompts, whole, strict=True)}
         else:
             sampled = rollouts.engine.generate_until(*asked)
         complete = {
-            group.prompt.position: (
-                group.prompt,
-                tuple(response for response in group.responses if response is not None),
-            )
+            group.prompt.position: (group.prompt, group.begun)
             for group in [group for group in sampled if group.is_complete][: asked.num_owed]
         }
         self._carried = [group for group in sampled if group.prompt.position not in complete]

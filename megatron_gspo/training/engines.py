@@ -22,6 +22,7 @@ from megatron_gspo.rollout.local import LocalEngine
 from megatron_gspo.rollout.multi_turn import MultiTurn, require_stop_tokens
 from megatron_gspo.training.agreement import on_main_rank, together
 from megatron_gspo.training.rollouts import Rollouts
+from megatron_gspo.training.stopping import is_stop_requested
 
 
 def open_rollouts(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, servers: Path | None = None) -> Rollouts | None:
@@ -90,7 +91,13 @@ def _sglang_engine(recipe: Recipe, servers: Path | None) -> RolloutEngine | None
     is_leader, num_clients = parallel.is_data_leader(), parallel.data_size()
     try:
         return together(
-            lambda: SglangEngine(recipe, connection, host=host, num_clients=num_clients) if is_leader else None
+            lambda: (
+                SglangEngine(
+                    recipe, connection, host=host, num_clients=num_clients, is_stop_requested=is_stop_requested
+                )
+                if is_leader
+                else None
+            )
         )
     except BaseException:
         if host is not None:

@@ -1,6 +1,7 @@
 """Being asked to stop: SIGTERM and SIGUSR1, as schedulers send them before they take a machine away.
 
-In: signals. Out: `requested`, which the loop asks for after every step; a second signal ends the process at once.
+In: signals. Out: `requested`, which the loop asks for after every step; a second signal ends the process at once. What a
+step waits for may never come: whoever waits asks `is_stop_requested`, which also knows of signals to other ranks.
 """
 
 from __future__ import annotations
@@ -11,17 +12,26 @@ import socket
 import threading
 import time
 
+from megatron_gspo import parallel
+
 #: A signal this soon after the first is the same request, sent to a launcher and its ranks alike and passed on by it.
 SAME_REQUEST_S = 1.0
+NOTICE = "stop requested"
 
 _ASKING = (signal.SIGTERM, signal.SIGUSR1)
+_requested = threading.Event()  # of the process, as its signals are
+
+
+def is_stop_requested() -> bool:
+    """Whether this rank was asked to stop, or another one was and could say so. Needs no rank's help, from any thread."""
+    return _requested.is_set() or parallel.is_noticed(NOTICE)
 
 
 class StopRequest:
     """Listens from when it is made. The signals are heard by a thread, so also while the process waits for other ranks."""
 
     def __init__(self) -> None:
-        self.requested = False
+        _requested.clear()
         self._heard_at: float | None = None
         self._listening, self._writing = socket.socketpair()
         self._writing.setblocking(False)
@@ -30,6 +40,11 @@ class StopRequest:
         # Python writes the number of every signal here, from within the signal's handler in C.
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="stop request", daemon=True).start()
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked."""
+        return _requested.is_set()
 
     def _listen(self) -> None:
         while True:
@@ -41,6 +56,7 @@ class StopRequest:
         now = time.monotonic()
         if self._heard_at is None:
             self._heard_at = now
-            self.requested = True
+            _requested.set()
+            parallel.notice(NOTICE)
         elif now - self._heard_at > SAME_REQUEST_S:
             os._exit(128 + number)

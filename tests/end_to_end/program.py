@@ -111,6 +111,10 @@ class Run:
         """Whether any rank has."""
         return any(status is not None for status in self._program.statuses(self._pids))
 
+    def signal(self, number: signal.Signals, rank: int) -> None:
+        """Send a signal to one rank."""
+        os.kill(self._pids[rank], number)
+
     def kill(self) -> None:
         """End every rank at once, with SIGKILL, and wait for it."""
         for pid in self._pids:
@@ -127,10 +131,11 @@ class Run:
         failed = next((status for status in statuses if status), 0)
         for pid in (pid for pid, status in zip(self._pids, statuses, strict=True) if status is None):
             os.kill(pid, signal.SIGKILL)
-        assert failed or None not in statuses, f"did not end within {timeout_s:.0f} s: {self._said('stderr')}"
-        return Ended(failed, self._said("stdout"), self._said("stderr"))
+        assert failed or None not in statuses, f"did not end within {timeout_s:.0f} s: {self.said('stderr')}"
+        return Ended(failed, self.said("stdout"), self.said("stderr"))
 
-    def _said(self, stream: str) -> str:
+    def said(self, stream: str) -> str:
+        """What all ranks have said on `stdout` or `stderr` so far."""
         return "".join((self._output / f"{stream}{rank}").read_text() for rank in range(len(self._pids)))
 
 

@@ -8,12 +8,13 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import numpy as np
 import torch
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
@@ -129,6 +130,29 @@ def engine_by(transport: str, recipe: Recipe, host: ServerHost, **fields: object
 def with_sglang(recipe: Recipe, **fields: object) -> Recipe:
     section = recipe.rollout.sglang.model_copy(update=fields)
     return recipe.model_copy(update={"rollout": recipe.rollout.model_copy(update={"sglang": section})})
+
+
+def servers_of(host: ServerHost, url: str | None = None) -> list[str]:
+    """Overrides for a run on the session's first server, or on one of its servers that is reached through `url`."""
+    return [
+        f"rollout.sglang.urls={url or host.connection.urls[0]}",
+        f"rollout.sglang.key_file={host.servers.key_file}",
+    ]
+
+
+def both_are_up(host: ServerHost) -> bool:
+    """Whether the session's servers answer."""
+    try:
+        return all(httpx.get(f"{url}/health", trust_env=False).status_code == 200 for url in host.connection.urls)
+    except httpx.TransportError:
+        return False
+
+
+def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 600.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, f"{what} within {timeout_s:g} s"
+        time.sleep(0.1)
 
 
 def load(path: Path, *overrides: str) -> Recipe:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ from megatron_gspo import parallel
 from megatron_gspo.config import ParallelSection, Recipe
 from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.policy_loss import finalize_metrics, policy_loss
+from megatron_gspo.rollout import sglang_server
 from megatron_gspo.rollout.sglang import ServerHost
 from megatron_gspo.training.assembly import build_models
 from megatron_gspo.training.experience import MiniBatch, pack_samples
@@ -26,18 +24,12 @@ from megatron_gspo.training.old_policy import record_mismatch
 from megatron_gspo.training.routing import RoutingControl, StepRoutes
 from megatron_gspo.training.totals import Totals
 from megatron_gspo.types import Prompt, Response, Sample, SamplingSettings
-from tests.rollout.real_server import engine_on, with_sglang
+from tests.end_to_end.program import Ended, Program
+from tests.rollout.real_server import engine_on, faulty_proxy, servers_of, wait_until
 
-ROOT = Path(__file__).parents[2]
 LONG = SamplingSettings(max_response_tokens=48)
 STEPS, PROMPTS_PER_STEP = 6, 4
-
-
-@pytest.fixture(scope="module")
-def bfloat16_host(recipe: Recipe) -> Iterator[ServerHost]:
-    started = ServerHost(with_sglang(recipe, dtype="bfloat16", num_servers=1), on_cpu=True)
-    yield started
-    started.close()
+STEADY = [f"training.steps={STEPS}", "parallel.data=2", "data.eval=null", "rollout.max_response_tokens=64"]
 
 
 def prompts() -> list[Prompt]:
@@ -104,45 +96,61 @@ def test_bfloat16_is_a_real_mismatch_and_replaying_its_routes_lowers_it(
         assert replayed[f"ratio/{unit}_log_std"] < 0.7 * live[f"ratio/{unit}_log_std"]
 
 
-def test_when_all_servers_are_gone_the_run_is_saved_and_goes_on_with_others(
-    recipe_file: Path, host: ServerHost, bfloat16_host: ServerHost, tmp_path: Path
+def test_a_run_that_waits_for_servers_is_saved_once_a_rank_is_asked_to_stop(
+    recipe_file: Path, host: ServerHost, program: Program, tmp_path: Path
 ):
     run = tmp_path / "run"
-    options = [f"training.steps={STEPS}", "parallel.data=2", "rollout.sglang.outage_timeout_s=2", "data.eval=null"]
-    options += ["rollout.max_response_tokens=64"]
-    with start(recipe_file, *options, *servers_of(bfloat16_host), "--output-dir", run) as stopped:
-        while not lines_of(run):
-            assert stopped.poll() is None, stopped.stderr.read()
-            time.sleep(0.05)
-        kill_for_good(bfloat16_host)
-        _, said = stopped.communicate(timeout=300)
-    last = lines_of(run)[-1]["step"]
-    assert stopped.returncode == 75, said
-    assert "no SGLang server has answered for rollout.sglang.outage_timeout_s (2 s): http://" in said
-    assert "Traceback" not in said
-    assert 0 < last < STEPS
-    assert cursor(run, last) == last * PROMPTS_PER_STEP
+    with faulty_proxy(host.connection.urls[0], []) as url:  # the step would wait 900 s for what it leads to
+        asked = program.start("train", recipe_file, *STEADY, *servers_of(host, url), "--output-dir", run, num_ranks=2)
+        wait_until(lambda: bool(lines_of(run)) or asked.has_ended(), "a step is made")
+    wait_until(lambda: "out of use" in asked.said("stderr") or asked.has_ended(), "the first rank waits")
+    asked.signal(signal.SIGUSR1, rank=1)
+    assert_saved(asked.wait(300), run, "no SGLang server answers, and the run was asked to stop: http://")
 
-    with start(recipe_file, *options, *servers_of(host), "--output-dir", run, "--resume") as resumed:
-        _, said = resumed.communicate(timeout=600)
-    assert resumed.returncode == 0, said
+
+def test_when_all_servers_are_gone_the_run_is_saved_and_goes_on_with_others(
+    recipe_file: Path,
+    host: ServerHost,
+    bfloat16_host: ServerHost,
+    program: Program,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    run = tmp_path / "run"
+    options = ["train", recipe_file, *STEADY, "rollout.sglang.outage_timeout_s=2", "--output-dir", run]
+    killed = program.start(*options, *servers_of(bfloat16_host), num_ranks=2)
+    wait_until(lambda: bool(lines_of(run)) or killed.has_ended(), "a step is made")
+    kill_for_good(bfloat16_host, monkeypatch)
+    words = "no SGLang server has answered for rollout.sglang.outage_timeout_s (2 s): http://"
+    assert_saved(killed.wait(300), run, words)
+
+    ended = program.run(*options, *servers_of(host), "--resume", num_ranks=2)
+    assert ended.returncode == 0, ended.stderr
     assert [(line["step"], line["policy_version"]) for line in lines_of(run)] == [(n, n) for n in range(1, STEPS + 1)]
     assert cursor(run, STEPS) == STEPS * PROMPTS_PER_STEP, "each prompt was learned from once"
 
 
-def kill_for_good(host: ServerHost) -> None:
+def assert_saved(ended: Ended, run: Path, words: str) -> None:
+    """The run's last finished step is saved, it is not the recipe's last, and it is said why."""
+    last = int(lines_of(run)[-1]["step"])
+    assert ended.returncode == 75, ended.stderr
+    assert words in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert 0 < last < STEPS
+    assert cursor(run, last) == last * PROMPTS_PER_STEP
+
+
+def kill_for_good(host: ServerHost, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kill the server as often as it is started again, until it is given up."""
-    servers = host.servers
-    deadline = time.monotonic() + 120
-    while not servers._servers[0].given_up:
-        assert time.monotonic() < deadline
-        for process in servers.process_ids():
+    monkeypatch.setattr(sglang_server, "MAX_RESTARTS", 1)
+    monkeypatch.setattr(sglang_server, "RESTART_PAUSE_S", 0.2)
+
+    def is_given_up() -> bool:
+        for process in host.servers.process_ids():
             os.killpg(process, signal.SIGKILL)
-        time.sleep(0.2)
+        return host.servers.are_given_up
 
-
-def servers_of(host: ServerHost) -> list[str]:
-    return [f"rollout.sglang.urls={host.connection.urls[0]}", f"rollout.sglang.key_file={host.servers.key_file}"]
+    wait_until(is_given_up, "the server is given up")
 
 
 def lines_of(run: Path) -> list[dict[str, float]]:
@@ -152,14 +160,3 @@ def lines_of(run: Path) -> list[dict[str, float]]:
 
 def cursor(run: Path, step: int) -> int:
     return json.loads((run / "checkpoints" / f"step_{step}" / "state.json").read_text())["prompts"]["cursor"]
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "megatron_gspo", "train", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -10,9 +11,13 @@ import stat
 import subprocess
 import sys
 import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -22,16 +27,22 @@ from megatron_gspo.data.tokenizer import build_byte_tokenizer
 from megatron_gspo.rollout.multi_turn import MultiTurn
 from megatron_gspo.rollout.sglang import ServerHost, SglangEngine
 from megatron_gspo.rollout.sglang_client import ServersGoneError
+from megatron_gspo.rollout.sglang_http import SglangHttp
 from megatron_gspo.rollout.sglang_response import ResponseSchemaError
 from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from megatron_gspo.types import Prompt, Response, TrainingFailedError
+from tests.end_to_end.program import Program
+from tests.rollout.conftest import LOOK_EVERY_S
 from tests.rollout.real_server import (
     PROMPTS,
     SETTINGS,
+    both_are_up,
     by_transformers,
     engine_on,
     faulty_proxy,
     policy,
+    servers_of,
+    wait_until,
     wait_until_gone,
     weights_of,
     with_sglang,
@@ -146,7 +157,7 @@ def test_verification_tells_the_weights_that_were_sent_from_others(recipe: Recip
 def test_a_fault_costs_a_retry_and_no_response(faults: list[str], recipe: Recipe, host: ServerHost):
     model = policy(recipe, seed=1)
     with faulty_proxy(host.connection.urls[0], faults) as url:
-        engine = engine_on(with_sglang(recipe, request_timeout_s=15.0), host, url)
+        engine = engine_on(with_sglang(recipe, request_timeout_s=6.0), host, url)
         engine.update_weights(weights_of(model), version=1)
         groups = engine.generate(PROMPTS, G, SETTINGS)
         assert [len(group) for group in groups] == [G] * len(PROMPTS)
@@ -161,6 +172,34 @@ def test_other_servers_take_over_from_one_that_is_gone(recipe: Recipe, host: Ser
         engine.update_weights(weights_of(model), version=1)
         assert sampled_by(model, engine.generate(PROMPTS, G, SETTINGS))
         assert engine.take_counts()["rollout/num_retries"] >= 1
+
+
+def test_a_server_is_given_no_more_than_it_samples_at_one_time_and_a_slower_one_less(
+    recipe: Recipe, host: ServerHost, monkeypatch: pytest.MonkeyPatch
+):
+    server, num_at_once = host.connection.urls[0], 3
+    in_flight, most, served = Counter[str](), Counter[str](), Counter[str]()
+    request = SglangHttp._request
+
+    async def noted(self: SglangHttp, url: str, endpoint: str, *arguments: Any) -> httpx.Response:
+        if endpoint != "/generate":
+            return await request(self, url, endpoint, *arguments)
+        in_flight[url] += 1
+        most[url] = max(most[url], in_flight[url])
+        answer = await request(self, url, endpoint, *arguments)
+        await asyncio.sleep(0 if url == server else 2.0)
+        in_flight[url] -= 1
+        served[url] += 1
+        return answer
+
+    with faulty_proxy(server, []) as slow:
+        engine = engine_on(with_sglang(recipe, max_requests_in_flight=num_at_once), host, server, slow)
+        engine.update_weights(weights_of(policy(recipe, seed=1)), version=1)
+        monkeypatch.setattr(SglangHttp, "_request", noted)
+        engine.generate(PROMPTS, 8, replace(SETTINGS, max_response_tokens=4))
+    assert most == {server: num_at_once, slow: num_at_once}
+    assert served[server] + served[slow] == 8 * len(PROMPTS)
+    assert 0 < served[slow] < served[server]
 
 
 def test_a_step_waits_for_servers_no_longer_than_it_may(recipe: Recipe, host: ServerHost):
@@ -207,11 +246,13 @@ def test_the_key_is_in_a_private_file_and_nowhere_else(host: ServerHost):
     assert servers.key not in repr(host.connection)
 
 
-def test_a_wrong_key_is_refused_before_anything_is_built(recipe_file: Path, host: ServerHost, tmp_path: Path):
+def test_a_wrong_key_is_refused_before_anything_is_built(
+    recipe_file: Path, host: ServerHost, program: Program, tmp_path: Path
+):
     (tmp_path / "key").write_text("not-the-key")
     (tmp_path / "key").chmod(0o600)
     servers = [f"rollout.sglang.urls={host.connection.urls[0]}", f"rollout.sglang.key_file={tmp_path / 'key'}"]
-    done = train(recipe_file, *servers, "--output-dir", tmp_path / "run")
+    done = program.run("train", recipe_file, *servers, "--output-dir", tmp_path / "run")
     assert done.returncode == 2, done.stderr
     assert re.search(r"rollout\.sglang\.key_file: .*does not take the key", done.stderr)
     assert "Traceback" not in done.stderr
@@ -219,12 +260,11 @@ def test_a_wrong_key_is_refused_before_anything_is_built(recipe_file: Path, host
 
 
 def test_two_ranks_train_on_running_servers_with_the_engines_log_probs_and_routes(
-    recipe_file: Path, host: ServerHost, tmp_path: Path
+    recipe_file: Path, host: ServerHost, program: Program, tmp_path: Path
 ):
-    options = [f"rollout.sglang.urls={host.connection.urls[0]}", f"rollout.sglang.key_file={host.servers.key_file}"]
-    options += ["parallel.data=2", "rollout.old_log_probs=engine", "rollout.verify_weights=true"]
+    options = ["parallel.data=2", "rollout.old_log_probs=engine", "rollout.verify_weights=true"]
     options += ["rollout.sglang.weight_transport=broadcast", "rollout.sglang.release_memory=true"]
-    done = train(recipe_file, *options, "--output-dir", tmp_path / "run")
+    done = program.run("train", recipe_file, *servers_of(host), *options, "--output-dir", tmp_path / "run", num_ranks=2)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["policy_version"] for line in lines] == [0, 1, 2]
@@ -261,21 +301,38 @@ def test_a_server_goes_on_sampling_when_every_process_of_the_job_is_asked_to_sto
     assert host.servers.process_ids()[0] == group
 
 
-def test_a_server_killed_while_it_samples_is_started_again_and_no_response_is_lost(recipe: Recipe, host: ServerHost):
-    engine, model = engine_on(recipe, host), policy(recipe, seed=1)
-    engine.update_weights(weights_of(model), version=1)
-    engine.take_counts()
-    process, _ = host.servers.process_ids()
+def test_servers_killed_or_hung_while_they_sample_are_started_again_and_no_response_is_lost(
+    recipe: Recipe, host: ServerHost, monkeypatch: pytest.MonkeyPatch
+):
+    """Each server has an engine of its own, so each response is that of a server that came back with the right weights."""
+    wait_until(lambda: both_are_up(host), "both servers are up")
+    model, servers = policy(recipe, seed=1), host.servers
     long = replace(SETTINGS, max_response_tokens=200, stop_token_ids=())
-    killing = threading.Timer(1.0, os.killpg, (process, signal.SIGKILL))
-    killing.start()
-    groups = engine.generate(PROMPTS, 8, long)
-    assert [len(group) for group in groups] == [8] * len(PROMPTS)
-    assert sampled_by(model, groups)
-    counts = engine.take_counts()
-    assert counts["rollout/num_restarts"] == 1
-    assert counts["rollout/num_resyncs"] == 1
-    assert counts["rollout/num_retries"] >= 1
+    engines = [engine_on(recipe, host, url) for url in host.connection.urls]
+    for engine in engines:
+        engine.update_weights(weights_of(model), version=1)
+        engine.take_counts()
+    hung, killed = servers.process_ids()
+
+    def fail() -> None:
+        os.killpg(hung, signal.SIGSTOP)
+        os.killpg(killed, signal.SIGKILL)
+        with monkeypatch.context() as patch:
+            patch.setattr(servers, "section", servers.section.model_copy(update={"hang_timeout_s": 8 * LOOK_EVERY_S}))
+            wait_until(lambda: not {hung, killed} & set(servers.process_ids()), "the silent server is ended")
+
+    failing = threading.Timer(1.0, fail)
+    failing.start()
+    with ThreadPoolExecutor() as threads:
+        sampled = list(threads.map(lambda engine: engine.generate(PROMPTS, 8, long), engines))
+    failing.join()
+    counts = [engine.take_counts() for engine in engines]
+    assert sum(count["rollout/num_restarts"] for count in counts) == 2
+    for groups, count in zip(sampled, counts, strict=True):
+        assert [len(group) for group in groups] == [8] * len(PROMPTS)
+        assert sampled_by(model, groups)
+        assert count["rollout/num_resyncs"] == 1
+        assert count["rollout/num_retries"] >= 1
 
 
 SIGKILLED_TRAINER = """
@@ -283,7 +340,7 @@ import sys, threading, time
 from pathlib import Path
 from megatron_gspo.config import load_recipe
 from megatron_gspo.rollout.sglang_server import ServerModel, SglangServers
-recipe = load_recipe(Path(sys.argv[1]))
+recipe = load_recipe(Path(sys.argv[1]), ["rollout.sglang.num_servers=1"])
 model = ServerModel(recipe.model.path, "float32", on_cpu=True, return_routed_experts=False)
 servers = SglangServers(recipe.rollout.sglang, model, Path(sys.argv[2]))
 threading.Thread(target=servers.start, daemon=True).start()
@@ -300,15 +357,3 @@ def test_servers_end_when_the_trainer_is_killed(recipe_file: Path, tmp_path: Pat
         server = int(trainer.stdout.readline().split()[0])
         trainer.kill()
     assert wait_until_gone(server)
-
-
-def train(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "megatron_gspo", "train", *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=900,
-    )

@@ -17,8 +17,17 @@ from megatron_gspo.rollout import sglang_client
 from megatron_gspo.rollout.sglang import ServerHost, SglangEngine
 from megatron_gspo.training.ahead import SamplingAhead
 from megatron_gspo.types import OpenGroup, Prompt, Response, VersionSpan
-from tests.rollout.real_server import PROMPTS, SETTINGS, by_transformers, engine_on, faulty_proxy, policy, weights_of
-from tests.rollout.test_real_server import train
+from tests.end_to_end.program import Program
+from tests.rollout.real_server import (
+    PROMPTS,
+    SETTINGS,
+    by_transformers,
+    engine_on,
+    faulty_proxy,
+    policy,
+    servers_of,
+    weights_of,
+)
 
 G = 4
 LONG = replace(SETTINGS, max_response_tokens=120, stop_token_ids=(1, 2, 3, 4, 5))
@@ -137,11 +146,12 @@ def test_a_server_that_hangs_does_not_hold_up_a_step_that_closes(
         assert_each_token_is_its_versions(policies, prompt, response)
 
 
-def test_two_ranks_train_one_step_behind_with_groups_carried(recipe_file: Path, host: ServerHost, tmp_path: Path):
-    options = [f"rollout.sglang.urls={host.connection.urls[0]}", f"rollout.sglang.key_file={host.servers.key_file}"]
-    options += ["rollout.one_step_ahead=true", "rollout.close_at_fraction=0.5", "rollout.old_log_probs=engine"]
+def test_two_ranks_train_one_step_behind_with_groups_carried(
+    recipe_file: Path, host: ServerHost, program: Program, tmp_path: Path
+):
+    options = ["rollout.one_step_ahead=true", "rollout.close_at_fraction=0.5", "rollout.old_log_probs=engine"]
     options += ["parallel.data=2", "training.steps=3", "evaluation.every=1"]
-    done = train(recipe_file, *options, "--output-dir", tmp_path / "run")
+    done = program.run("train", recipe_file, *servers_of(host), *options, "--output-dir", tmp_path / "run", num_ranks=2)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["policy_version"] for line in lines] == [0, 1, 2, 3]

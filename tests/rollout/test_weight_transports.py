@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import numpy as np
@@ -22,7 +21,16 @@ from megatron_gspo.rollout.sglang import ServerHost, SglangEngine
 from megatron_gspo.rollout.sglang_http import SglangHttp, weight_label
 from megatron_gspo.rollout.weight_sync_servers import INCOMPLETE
 from megatron_gspo.types import Prompt, Response, TrainingFailedError
-from tests.rollout.real_server import PROMPTS, SETTINGS, by_transformers, engine_by, policy, weights_of
+from tests.rollout.real_server import (
+    PROMPTS,
+    SETTINGS,
+    both_are_up,
+    by_transformers,
+    engine_by,
+    policy,
+    wait_until,
+    weights_of,
+)
 
 SEQUENCE = list(range(20, 52))
 
@@ -61,24 +69,10 @@ def halfway(
         yield named
 
 
-def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 600.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, f"{what} within {timeout_s:g} s"
-        time.sleep(0.5)
-
-
 @pytest.fixture
 def both_up(host: ServerHost) -> None:
     """Both servers answer, also after a test that killed one."""
-
-    def up() -> bool:
-        try:
-            return all(httpx.get(f"{url}/health", trust_env=False).status_code == 200 for url in host.connection.urls)
-        except httpx.TransportError:
-            return False
-
-    wait_until(up, "both servers are up")
+    wait_until(lambda: both_are_up(host), "both servers are up")
 
 
 @pytest.mark.parametrize("transport", ["disk", "broadcast"])
@@ -117,10 +111,12 @@ def test_memory_is_released_between_the_last_response_and_the_next_weights(
     asked: list[tuple[str, object]] = []
     request = SglangHttp._request
 
-    async def noted(self: SglangHttp, url: str, endpoint: str, body: dict[str, object] | None) -> httpx.Response:
+    async def noted(
+        self: SglangHttp, url: str, endpoint: str, body: dict[str, object] | None, timeout_s: float | None
+    ) -> httpx.Response:
         if url == host.connection.urls[0] and body is not None and endpoint != "/generate":
             asked.append((endpoint.partition("?")[0], body.get("tags")))
-        return await request(self, url, endpoint, body)
+        return await request(self, url, endpoint, body, timeout_s)
 
     with engine_by(transport, recipe, host, release_memory=True) as engine:
         engine.update_weights(weights_of(policy(recipe, seed=1)), version=1)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_gspo.config import SglangSection, load_recipe
 from megatron_gspo.config.sglang import EXTRA_FLAGS
-from megatron_gspo.rollout import sglang_launcher
+from megatron_gspo.rollout import sglang_launcher, sglang_server
 from megatron_gspo.rollout.sglang import ServerHost
 from megatron_gspo.rollout.sglang_server import (
     ServerModel,
+    SglangServers,
     find_python,
     launch_command,
     read_key,
@@ -132,6 +134,35 @@ def test_sglangs_python_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyP
         find_python(SglangSection())
     with pytest.raises(UserError, match=r"rollout\.sglang\.python is /elsewhere/python"):
         find_python(SglangSection(python=Path("/elsewhere/python")))
+
+
+def servers_run_by(python: str, directory: Path, **fields: object) -> SglangServers:
+    section = SglangSection(python=python, num_servers=2, **fields)
+    return SglangServers(section, GPU_MODEL, directory)
+
+
+def test_a_server_that_does_not_come_up_is_refused_with_its_own_last_lines(tmp_path: Path):
+    servers = servers_run_by(sys.executable, tmp_path)  # the trainer's Python, which has no SGLang
+    with pytest.raises(
+        UserError, match=r"(?s)server \d ended with status 1 .* last lines were.*No module named 'sglang'"
+    ):
+        servers.start()
+    assert not servers.process_ids()
+
+
+def test_servers_are_waited_for_with_progress_until_the_time_limit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sglang_server, "PROGRESS_EVERY_S", 0.1)
+    launcher = tmp_path / "launcher.py"
+    launcher.write_text("import time; print('loading for ever', flush=True); time.sleep(600)")
+    monkeypatch.setattr(sglang_server, "LAUNCHER", launcher)
+    servers = servers_run_by(sys.executable, tmp_path, startup_timeout_s=1.5)
+    words = r"(?s)did not come up within rollout.sglang.startup_timeout_s \(1.5 s\); .*loading for ever"
+    with caplog.at_level(logging.INFO), pytest.raises(UserError, match=words):
+        servers.start()
+    assert "waiting for SGLang: 0 of 2 servers up after 1 s" in caplog.text
+    assert not servers.process_ids()
 
 
 def test_what_is_logged_has_no_key_in_it(caplog: pytest.LogCaptureFixture):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,6 @@ from tests.unit.training.test_step import make_recipe
 pytestmark = pytest.mark.usefixtures("_one_rank", "_signals_as_they_were")
 
 UNTIMED = ("time/", "throughput/", "memory/")
-
-
-@pytest.fixture
-def _signals_as_they_were() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    wakeup = signal.set_wakeup_fd(-1)
-    yield
-    signal.set_wakeup_fd(wakeup)
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
