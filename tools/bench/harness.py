@@ -134,6 +134,22 @@ class Bench:
             raise DifferentResultsError(f"{what}: the sides differ by {difference:.3g}; values go up to {scale:.3g}")
         self.result.differences[what] = difference / scale
 
+    def identical(self, what: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+        """Hold named tensors against each other, bit by bit.
+
+        Raises:
+            DifferentResultsError: a name, shape, dtype or bit differs, or there is nothing to compare.
+        """
+        if not ours or ours.keys() != theirs.keys():
+            raise DifferentResultsError(f"{what}: {len(ours)} and {len(theirs)} tensors, or of other names")
+        for name, tensor in ours.items():
+            other = theirs[name]
+            if tensor.dtype != other.dtype or tensor.shape != other.shape:
+                raise DifferentResultsError(f"{what}: {name} is {tensor.dtype} {list(tensor.shape)} on one side only")
+            if not torch.equal(tensor.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)):
+                raise DifferentResultsError(f"{what}: {name} differs")
+        self.result.differences[what] = 0.0
+
     def profile(self, ours: Callable[[], object], *, repeats: int = 3, top: int = 8) -> None:
         """Note which operators our side's time goes to."""
         ours()
