@@ -14,6 +14,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -94,6 +95,8 @@ class Weights:
                     self._receive(body["group_name"], size)
             case "/save":  # the newest weights to a file, for a look at their bits
                 save_file({name: t for bucket in self._buckets for name, t in bucket.tensors().items()}, body["path"])
+            case "/processor_time":
+                return time.process_time()
             case "/end_weight_update" | "/flush_cache" | "/health":
                 pass
             case unknown:
