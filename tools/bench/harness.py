@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -74,6 +74,7 @@ class RowResult:
     swing: dict[str, float] = field(default_factory=dict)  # slowest over fastest round of each probe
     profile: list[tuple[str, float]] = field(default_factory=list)  # operator, its share of our side's time
     notes: list[str] = field(default_factory=list)
+    series: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # what a picture is drawn from, by its panel
 
 
 class DifferentResultsError(Exception):
