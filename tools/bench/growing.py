@@ -133,11 +133,11 @@ def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
     """A rank's process: the loss at first, then the seconds of every step it is told to make, its peak at the end."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
-    before = set_peak_back()
     with tempfile.TemporaryDirectory() as directory:
         recipe = write_recipe(size, Path(directory))
         parallel.initialize_distributed()
         parallel.initialize_model_parallel(recipe.parallel, recipe.seed)
+        before = set_peak_back()
         policy = build_trainable_policy(build_models(recipe), recipe, reinforcement_learning_rate(recipe))
     samples = models.samples([LENGTH] * (size.tokens // LENGTH), vocabulary=256)
     num_response_tokens = sum(len(sample.response_token_ids) for sample in samples)

@@ -2,7 +2,8 @@
 
 Time is processor time of the rank that takes most, memory its peak beyond the program. Beside each the formula: bytes as
 `megatron_gspo.memory` reckons them, and seconds as operations of matrix products, parameters updated, layers and a
-constant, at costs fitted to the sizes on one rank; for more ranks the formula is a prediction. The ranks share the 8-fold
+constant, at costs fitted to the sizes on one rank; for more ranks the formula is a prediction. So for bytes: a factor for
+what the allocator cannot use again, and what is there at any size. The ranks share the 8-fold
 tokens and the experts on two cores, so only what each computes is measured, not how long they wait.
 """
 
@@ -43,8 +44,13 @@ def measure(bench: Bench) -> None:
     alone = [size for size in running if size.ranks == 1]
     costs = fitted([size.causes() for size in alone], [seconds[size] for size in alone])
     by_formula = {size: float(np.dot(size.causes(), costs)) for size in running}
+    factor, fixed = fitted([(size.bytes(), 1.0) for size in alone], [peaks[size] for size in alone])
+    bytes_by_formula = {size: factor * size.bytes() + fixed for size in running}
     for axis, line in sizes.items():
-        report(bench, axis, line, times, peaks, by_formula)
+        report(bench, axis, line, times, peaks, by_formula, bytes_by_formula)
+    bench.note(f"peak of memory: {factor:.2f} × the reckoned bytes and {fixed / 2**20:.0f} MiB")
+    worst = max(abs(bytes_by_formula[size] / peaks[size] - 1) for size in alone)
+    bench.note(f"the formula's largest error in memory on one rank: {worst:.0%}")
     shares = np.array(BASE.causes()) * costs / by_formula[BASE]
     names = ("products", "parameters", "layers", "constant")
     bench.note("time at 1×, by formula: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(names, shares, strict=True)))
@@ -74,6 +80,7 @@ def report(
     times: Times,
     peaks: dict[Size, float],
     by_formula: dict[Size, float],
+    bytes_by_formula: dict[Size, float],
 ) -> None:
     """The exponents of one axis, and the values it is drawn from, all beside those at 1×."""
     factors = [getattr(size, axis) / getattr(line[0], axis) for size in line]
@@ -81,10 +88,9 @@ def report(
     expected = exponent(factors, [by_formula[size] for size in line])
     found = [exponent(factors, values) for values in by_round]
     bench.figure(f"{axis}: exponent of time (formula {expected:.2f})", found, better="lower", aim=expected + MARGIN)
-    taken, reckoned = [peaks[size] for size in line], [size.bytes() for size in line]
+    taken, reckoned = [peaks[size] for size in line], [bytes_by_formula[size] for size in line]
     expected, found = exponent(factors, reckoned), [exponent(factors, taken)]
     bench.figure(f"{axis}: exponent of memory (formula {expected:.2f})", found, better="lower", aim=expected + MARGIN)
-    bench.note(f"{axis}: peak / formula {', '.join(f'{a / b:.2f}' for a, b in zip(taken, reckoned, strict=True))}")
     bench.result.series[axis] = {
         "factors": factors,
         "time": [[value / values[0] for value in values] for values in by_round],
