@@ -167,8 +167,7 @@ def damaged_files(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> l
     return [
         checkpoint / name
         for name in sorted(manifest.files)[share::num_shares]
-        if not (checkpoint / name).is_file()
-        or _digest(checkpoint / name, manifest.algorithm) != manifest.files[name]
+        if not (checkpoint / name).is_file() or _digest(checkpoint / name, manifest.algorithm) != manifest.files[name]
     ]
 
 

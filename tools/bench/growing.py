@@ -131,7 +131,13 @@ class Growing:
 
 def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
     """A rank's process: the loss at first, then the seconds of every step it is told to make, its peak at the end."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": size.ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update({name: str(value) for name, value in place.items()})
     with tempfile.TemporaryDirectory() as directory:
         recipe = write_recipe(size, Path(directory))

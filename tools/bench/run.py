@@ -65,7 +65,13 @@ def main() -> int:
         table = f"{results.markdown(in_order)}\n\n{results.provenance(in_order)}"
         results.replace_section(arguments.docs, "measured", table)
         if "growth" in rows:  # a picture is drawn from what was measured just now
-            picture = [sys.executable, "-m", "tools.bench.picture", arguments.json, arguments.docs.with_name("growth.png")]
+            picture = [
+                sys.executable,
+                "-m",
+                "tools.bench.picture",
+                arguments.json,
+                arguments.docs.with_name("growth.png"),
+            ]
             subprocess.run(list(map(str, picture)), cwd=ROOT, check=True)
     for name in failed:
         print(f"{name}: failed, see above", file=sys.stderr)

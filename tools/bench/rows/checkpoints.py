@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 
@@ -24,12 +25,12 @@ from megatron_gspo.config import load_recipe
 from megatron_gspo.training.assembly import Run, assemble
 from megatron_gspo.training.checkpoint import load_checkpoint
 from megatron_gspo.training.checkpoint_saver import CheckpointSaver
-from megatron_gspo.training.checkpoint_store import CheckpointStore
+from megatron_gspo.training.checkpoint_store import CheckpointStore, file_names, hash_files
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.resume import find_checkpoint
 from tools.bench import models
 from tools.bench.files import forget_cached, read_raw, write_raw
-from tools.bench.harness import Bench
+from tools.bench.harness import Bench, calls
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes/tiny_gspo.yaml"
 SHAPES = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 16, "num_hidden_layers": 4}
@@ -51,12 +52,23 @@ def measure(bench: Bench) -> None:
         times = bench.alternate(sides, clock=time.perf_counter)
         name = "save: plain write + fsync's time / ours"
         bench.figure(name, times.ratio("write", "save"), better="higher", aim=0.8)
-        times = bench.alternate({"load": partial(load, run, store), "read": partial(read, raw, data)}, clock=time.perf_counter)
+        times = bench.alternate(
+            {"load": partial(load, run, store), "read": partial(read, raw, data)}, clock=time.perf_counter
+        )
         bench.figure("load: a plain read's time / ours", times.ratio("read", "load"), better="higher", aim=0.8)
         beside = Saves(run, store, in_background=True)
         beside.save()
-        shares = [beside.stall() for _ in range(2 * bench.rounds)]
-        bench.figure("stall of a background save / the save", shares, better="lower", aim=0.05)
+        parts = [beside.parts() for _ in range(2 * bench.rounds)]
+        stalls = [stall / (stall + rest) for stall, rest in parts]
+        bench.figure("stall of a background save / the save", stalls, better="lower", aim=0.05)
+        checkpoint = store.path(store.steps()[-1])
+        times = bench.alternate(
+            {"digests": partial(hash_files, checkpoint, file_names(checkpoint)), "save": waiting.save}, rounds=2
+        )
+        bench.note(f"digests / the whole save {np.mean(times.ratio('digests', 'save')):.0%} of processor time")
+        bench.note("a background save, the run's thread: " + calls(beside.start))
+        beside.finish()
+        bench.note("a load: " + calls(partial(load, run, store)))
         bench.profile(waiting.save, repeats=1)
         bench.note(f"{num_bytes / 2**20:.0f} MiB on the disk")
         run.close()
@@ -72,18 +84,23 @@ class Saves:
 
     def save(self) -> None:
         """Until it is whole."""
-        self._start()
-        self._saver.finish()
+        self.start()
+        self.finish()
 
-    def stall(self) -> float:
-        """The share of a background save for which the run stands still."""
+    def parts(self) -> tuple[float, float]:
+        """Seconds of a background save: while the run stands still, and from then on."""
         started = time.perf_counter()
-        self._start()
+        self.start()
         goes_on = time.perf_counter()
-        self._saver.finish()
-        return (goes_on - started) / (time.perf_counter() - started)
+        self.finish()
+        return goes_on - started, time.perf_counter() - goes_on
 
-    def _start(self) -> None:
+    def finish(self) -> None:
+        """Wait until it is whole."""
+        self._saver.finish()
+
+    def start(self) -> None:
+        """Begin the next step's."""
         step = next(self._steps)
         self._saver.save(self._run, step, SkippedUpdates(0), {"step": step})
 

@@ -8,11 +8,9 @@ is all of the trainer's. What waits is timed by the clock on the wall, what copi
 
 from __future__ import annotations
 
-import cProfile
-import pstats
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 
 from megatron_gspo.data.tokenizer import build_byte_tokenizer
 from megatron_gspo.model.hf_weights import export_hf_weights, save_hf_checkpoint
+from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.rollout.local import LocalEngine
 from megatron_gspo.rollout.sglang_http import SglangHttp
 from megatron_gspo.rollout.weight_sync_broadcaster import WeightBroadcaster
@@ -28,7 +27,7 @@ from megatron_gspo.rollout.weight_sync_buckets import Bucket, pack
 from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from tools.bench import models
 from tools.bench.files import write_raw
-from tools.bench.harness import Bench, copy_probe
+from tools.bench.harness import Bench, calls, copy_probe
 from tools.bench.receiver import Receiver, plain_broadcast
 
 SHAPES = {
@@ -42,6 +41,7 @@ SHAPES = {
 }
 BUCKET_BYTES = 32 * 2**20
 
+Chunks = Sequence[PolicyModel]
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -61,7 +61,7 @@ def measure(bench: Bench) -> None:
         measure_broadcast(bench, chunks, Path(directory), expected)
 
 
-def measure_copies(bench: Bench, chunks: list, template: Path, expected: Weights, num_bytes: int) -> None:  # type: ignore[type-arg]
+def measure_copies(bench: Bench, chunks: Chunks, template: Path, expected: Weights, num_bytes: int) -> None:
     """Into buckets, and into the local engine's model."""
     kept: list[Bucket] = []
 
@@ -83,7 +83,7 @@ def measure_copies(bench: Bench, chunks: list, template: Path, expected: Weights
     bench.profile(export)
 
 
-def _given(engine: LocalEngine, chunks: list) -> None:  # type: ignore[type-arg]
+def _given(engine: LocalEngine, chunks: Chunks) -> None:
     engine.update_weights(export_hf_weights(chunks), 1)
 
 
@@ -92,7 +92,7 @@ def engine_weights(engine: LocalEngine) -> Weights:
     return {name: tensor.clone() for name, tensor in engine._destinations.items()}
 
 
-def measure_files(bench: Bench, chunks: list, directory: Path, expected: Weights, num_bytes: int) -> None:  # type: ignore[type-arg]
+def measure_files(bench: Bench, chunks: Chunks, directory: Path, expected: Weights, num_bytes: int) -> None:
     """For servers that load them, and as a checkpoint for others, which is on the disk when it is said to be there."""
     sync = DiskWeightSync(directory, "run")
     checkpoint, template = directory / "checkpoint", directory / "template"
@@ -118,7 +118,7 @@ def measure_files(bench: Bench, chunks: list, directory: Path, expected: Weights
         bench.note(f"files, {name}: " + calls(sides[name]))
 
 
-def measure_broadcast(bench: Bench, chunks: list, directory: Path, expected: Weights) -> None:  # type: ignore[type-arg]
+def measure_broadcast(bench: Bench, chunks: Chunks, directory: Path, expected: Weights) -> None:
     """Through a group with one receiver, from the export to the receiver's last word."""
     receiver = Receiver()
     broadcaster = WeightBroadcaster(
@@ -148,12 +148,3 @@ def measure_broadcast(bench: Bench, chunks: list, directory: Path, expected: Wei
     bench.note("broadcast, the exporting thread: " + calls(publish))
     broadcaster.close()
     receiver.close()
-
-
-def calls(run: Callable[[], object], top: int = 4) -> str:
-    """Where the time on the wall goes, by function."""
-    profiler = cProfile.Profile(time.perf_counter)
-    profiler.runcall(run)
-    spent = {name: row[2] for (_, _, name), row in pstats.Stats(profiler).stats.items()}  # type: ignore[attr-defined]
-    total = sum(spent.values())
-    return ", ".join(f"{name} {s / total:.0%}" for name, s in sorted(spent.items(), key=lambda item: -item[1])[:top])
