@@ -202,7 +202,10 @@ def calls(run: Callable[[], object], top: int = 5) -> str:
         spent[name] = spent.get(name, 0.0) + own
     total = sum(spent.values())
     largest = sorted(spent.items(), key=lambda item: -item[1])[:top]
-    return ", ".join(f"{name.strip('<>').removeprefix('built-in method ')} {s / total:.0%}" for name, s in largest)
+    return ", ".join(
+        f"{name.strip('<>').removeprefix('built-in method ').removeprefix('builtins.')} {s / total:.0%}"
+        for name, s in largest
+    )
 
 
 def copy_probe(num_bytes: int) -> Callable[[], object]:

@@ -85,7 +85,7 @@ def test_tensors_are_identical_by_name_dtype_shape_and_bit():
 
 
 def test_the_time_of_a_thread_is_said_by_function():
-    assert calls(lambda: sorted(range(200_000), key=lambda value: -value)).startswith(("sorted", "lambda"))
+    assert calls(lambda: sorted(range(200_000), key=lambda value: -value)).startswith("sorted ")
 
 
 def test_rows_say_when_and_from_what_they_were_measured():

@@ -70,7 +70,12 @@ def check_losses(bench: Bench, of_ranks: Sequence[Growing]) -> None:
     first, *others = of_ranks
     for other in others:
         name = f"mean log-prob on {other.size.ranks} ranks and on one"
-        bench.same(name, torch.tensor(other.loss), torch.tensor(first.loss), tolerance=1e-4)
+        bench.same(
+            name,
+            torch.tensor(other.loss, dtype=torch.float64),
+            torch.tensor(first.loss, dtype=torch.float64),
+            tolerance=1e-4,
+        )
 
 
 def report(
