@@ -61,10 +61,7 @@ def measure(bench: Bench) -> None:
         parts = [beside.parts() for _ in range(2 * bench.rounds)]
         stalls = [stall / (stall + rest) for stall, rest in parts]
         bench.figure("stall of a background save / the save", stalls, better="lower", aim=0.05)
-        checkpoint = store.path(store.steps()[-1])
-        times = bench.alternate(
-            {"digests": partial(hash_files, checkpoint, file_names(checkpoint)), "save": waiting.save}, rounds=2
-        )
+        times = bench.alternate({"digests": partial(digests, store), "save": waiting.save}, rounds=2)
         bench.note(f"digests / the whole save {np.mean(times.ratio('digests', 'save')):.0%} of processor time")
         bench.note("a background save, the run's thread: " + calls(beside.start))
         beside.finish()
@@ -157,6 +154,12 @@ def tensors(checkpoint: Path) -> Mapping[str, torch.Tensor]:
     """All that a checkpoint holds."""
     found = dist_checkpointing.load_plain_tensors(str(checkpoint))
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def digests(store: CheckpointStore) -> None:
+    """Of the newest checkpoint's files."""
+    checkpoint = store.path(store.steps()[-1])
+    hash_files(checkpoint, file_names(checkpoint))
 
 
 def load(run: Run, store: CheckpointStore) -> None:
