@@ -36,6 +36,7 @@ setup(
         "pyarrow",
         "math-verify",
         "httpx",
+        "xxhash",
     ],
     extras_require={
         # Transformer Engine is built against the machine's CUDA. NVIDIA Apex is detected, never required: the

@@ -110,6 +110,9 @@ def _write_in_this_process(
 ) -> None:
     """Write each bucket to its file and report, in the words of Megatron's `write_preloaded_data_multiproc`."""
     del rank
+    # torch would check-sum every record of its archives, at the speed of the writing; the store hashes the files.
+    sums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
     writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
     written = {}
     for index, bucket in enumerate(buckets):
@@ -120,6 +123,7 @@ def _write_in_this_process(
             transforms, index, bucket, report, unfinished, use_fsync=True, use_msc=use_msc
         )
         _, written[index] = report.get()
+    torch.serialization.set_crc32_options(sums)
     failure = next((outcome for outcome in written.values() if isinstance(outcome, Exception)), None)
     results.put(failure or written)
 

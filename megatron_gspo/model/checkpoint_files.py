@@ -7,6 +7,7 @@ Transformers and SGLang load. Safetensors hold data only; nothing here unpickles
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Set
 from contextlib import ExitStack
@@ -132,11 +133,12 @@ class CheckpointWriter:
         self._aside.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor; it is copied."""
-        self._collected[name] = tensor.detach().to(device="cpu", copy=True).contiguous()
+        """Take the next tensor. What lies in host memory already is not copied: it stays as it is until `finish`."""
+        self._collected[name] = tensor.detach().to(device="cpu").contiguous()
         file = self._file_of[name]
         if name == self._last_of_file[file]:
             save_file(self._collected, self._aside / file, metadata={"format": "pt"})
+            _make_durable(self._aside / file)
             self._collected.clear()
 
     def finish(self) -> None:
@@ -155,6 +157,7 @@ class CheckpointWriter:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
             _replace_text(self._path / INDEX_FILE, json.dumps(index, indent=2))
         shutil.rmtree(self._aside)
+        _make_durable(self._path)
 
     def _config(self) -> str:
         """The template's configuration, with the dtype that is written."""
@@ -194,6 +197,15 @@ def _plan_files(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, str]:
     count = number + 1
     names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     return {name: names[number] for name, number in zip(sizes, file_numbers, strict=True)}
+
+
+def _make_durable(path: Path) -> None:
+    """Have what a file, or the names in a directory, hold on the disk before anything else happens."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _copy(source: Path, target: Path) -> None:

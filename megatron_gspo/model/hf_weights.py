@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,6 @@ def initialize_weights(chunks: Sequence[PolicyModel], *, seed: int, initializer_
     _fill(chunks, dimensions, draw)
 
 
-@torch.no_grad()
 def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the whole model under its Hugging Face name, on every rank, in an order that never changes.
 
@@ -87,9 +87,9 @@ def export_hf_weights(chunks: Sequence[PolicyModel]) -> Iterator[tuple[str, Tens
     dimensions = Dimensions.of(chunks[0])
     held = dict(local_weights(chunks, dimensions))
     stage_of_layer = _stage_of_each_layer(chunks)
-    like = next(iter(held.values()))
+    like, groups = next(iter(held.values())), _Groups.of_this_rank()
     for slot in all_slots(dimensions):
-        whole = _whole(slot, held.get(slot), _stage(slot, stage_of_layer), dimensions, like)
+        whole = _whole(slot, held.get(slot), _stage(slot, stage_of_layer), dimensions, like, groups)
         yield from zip(slot.names, whole, strict=True)
 
 
@@ -156,6 +156,36 @@ def _chunk_slots(chunk: PolicyModel, dimensions: Dimensions, experts: range) -> 
             yield WeightSlot(OUTPUT), 0
 
 
+class _Group(NamedTuple):
+    """A process group and this rank's place in it, looked up once: at a few megabytes a tensor, asking costs as well."""
+
+    ranks: dist.ProcessGroup
+    size: int
+    rank: int
+
+    @classmethod
+    def of(cls, ranks: dist.ProcessGroup) -> _Group:
+        return cls(ranks, ranks.size(), ranks.rank())
+
+
+class _Groups(NamedTuple):
+    """The groups that this rank's part of the weights is shared among."""
+
+    pipeline: _Group
+    expert: _Group
+    tensor: _Group
+    expert_tensor: _Group
+
+    @classmethod
+    def of_this_rank(cls) -> _Groups:
+        return cls(
+            pipeline=_Group.of(parallel_state.get_pipeline_model_parallel_group()),
+            expert=_Group.of(parallel_state.get_expert_model_parallel_group()),
+            tensor=_Group.of(parallel_state.get_tensor_model_parallel_group()),
+            expert_tensor=_Group.of(parallel_state.get_expert_tensor_parallel_group()),
+        )
+
+
 def _find(slot: WeightSlot, parameters: dict[str, Tensor], layer: int, expert: int) -> tuple[str, Tensor]:
     for template in slot.kind.megatron:
         name, _, index = template.format(layer=layer, expert=expert).partition("[")
@@ -165,45 +195,45 @@ def _find(slot: WeightSlot, parameters: dict[str, Tensor], layer: int, expert: i
 
 
 def _whole(
-    slot: WeightSlot, shard: Tensor | None, stage: int, dimensions: Dimensions, like: Tensor
+    slot: WeightSlot, shard: Tensor | None, stage: int, dimensions: Dimensions, like: Tensor, groups: _Groups
 ) -> tuple[Tensor, ...]:
     """The slot's Hugging Face tensors on every rank: joined where it is held, then handed to the other ranks."""
-    pipeline = parallel_state.get_pipeline_model_parallel_group()
-    shapes = slot.shapes(dimensions)
     tensors: tuple[Tensor, ...] | None = None
-    if pipeline.rank() == stage:
+    if groups.pipeline.rank == stage:
         if shard is not None:
-            whole = slot.kind.sharding.merge(_all_shards(shard, _tensor_group(slot)), dimensions)
+            tensor_group = groups.expert_tensor if slot.kind.is_expert else groups.tensor
+            whole = slot.kind.sharding.merge(_all_shards(shard, tensor_group), dimensions)
             tensors = tuple(tensor.contiguous() for tensor in whole)
-        if slot.kind.is_expert:
-            holder = slot.expert // len(_local_experts(dimensions))
-            tensors = _broadcast(tensors, parallel_state.get_expert_model_parallel_group(), holder, shapes, like)
-    return _broadcast(tensors, pipeline, stage, shapes, like)
+        if slot.kind.is_expert and groups.expert.size > 1:
+            holder = slot.expert // (dimensions.experts // groups.expert.size)
+            tensors = _broadcast(tensors, groups.expert, holder, slot, dimensions, like)
+    return _broadcast(tensors, groups.pipeline, stage, slot, dimensions, like)
 
 
-def _all_shards(shard: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    if group.size() == 1:
+def _all_shards(shard: Tensor, group: _Group) -> list[Tensor]:
+    if group.size == 1:
         return [shard]
     shard = shard.contiguous()
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard, group=group)
+    shards = [torch.empty_like(shard) for _ in range(group.size)]
+    dist.all_gather(shards, shard, group=group.ranks)
     return shards
 
 
 def _broadcast(
     tensors: tuple[Tensor, ...] | None,
-    group: dist.ProcessGroup,
+    group: _Group,
     holder: int,
-    shapes: Sequence[tuple[int, ...]],
+    slot: WeightSlot,
+    dimensions: Dimensions,
     like: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The tensors of the rank `holder` of `group` on all of its ranks; `like` has their dtype and device."""
-    if group.size() > 1:
-        if group.rank() != holder:
-            tensors = tuple(like.new_empty(shape) for shape in shapes)
+    """The slot's tensors of the rank `holder` of `group` on all of its ranks; `like` has their dtype and device."""
+    if group.size > 1:
+        if group.rank != holder:
+            tensors = tuple(like.new_empty(shape) for shape in slot.shapes(dimensions))
         assert tensors is not None
         for tensor in tensors:
-            dist.broadcast(tensor, group=group, group_src=holder)
+            dist.broadcast(tensor, group=group.ranks, group_src=holder)
     assert tensors is not None, "the holder has the tensors"
     return tensors
 

@@ -7,6 +7,7 @@ joins some Hugging Face tensors into one (query, key and value; gate and up), so
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -146,7 +147,7 @@ class QueryKeyValue:
         return tuple(part.flatten(0, 1) for part in parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one of those below, so slots compare and hash by identity
 class WeightKind:
     """A row of the table. `{layer}` counts the model's layers, and `{expert}` its experts, in both columns of names.
 
@@ -259,12 +260,12 @@ class WeightSlot:
     layer: int = 0  # 0 where the kind is not in a layer
     expert: int = 0  # 0 where it is not an expert's
 
-    @property
+    @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """The Hugging Face names."""
         return tuple(name.format(layer=self.layer, expert=self.expert) for name in self.kind.hugging_face)
 
-    @property
+    @functools.cached_property
     def is_in_layer(self) -> bool:
         """Whether `layer` means something."""
         return self.kind.hugging_face[0].startswith(_IN_LAYER)
@@ -274,14 +275,16 @@ class WeightSlot:
         return tuple(tuple(getattr(dimensions, size) for size in shape) for shape in self.kind.shapes)
 
 
-def all_slots(dimensions: Dimensions) -> Iterator[WeightSlot]:
+@functools.lru_cache(maxsize=4)  # asked for at every hand-over; the slots keep their names
+def all_slots(dimensions: Dimensions) -> tuple[WeightSlot, ...]:
     """Every weight of the whole model, in the order in which they are exported."""
-    yield WeightSlot(EMBEDDING)
+    slots = [WeightSlot(EMBEDDING)]
     for layer, is_moe in enumerate(dimensions.moe_layers):
-        yield from layer_slots(layer, is_moe=is_moe, experts=range(dimensions.experts))
-    yield WeightSlot(FINAL_NORM)
+        slots.extend(layer_slots(layer, is_moe=is_moe, experts=range(dimensions.experts)))
+    slots.append(WeightSlot(FINAL_NORM))
     if not dimensions.tied_embeddings:
-        yield WeightSlot(OUTPUT)
+        slots.append(WeightSlot(OUTPUT))
+    return tuple(slots)
 
 
 def layer_slots(layer: int, *, is_moe: bool, experts: range) -> Iterator[WeightSlot]:

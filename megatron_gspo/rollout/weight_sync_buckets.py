@@ -6,6 +6,7 @@ dtypes and shapes from which a server finds them again (`srt/weight_sync/tensor_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -21,18 +22,29 @@ class Bucket:
     shapes: tuple[tuple[int, ...], ...]
     data: torch.Tensor  # [bytes] uint8, in host memory; the tensors' bytes, end to end
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The weights by name, as views of `data`."""
+        found, start = {}, 0
+        for name, dtype_name, shape in zip(self.names, self.dtypes, self.shapes, strict=True):
+            dtype: torch.dtype = getattr(torch, dtype_name)
+            end = start + math.prod(shape) * dtype.itemsize
+            found[name] = self.data[start:end].view(dtype).reshape(shape)
+            start = end
+        return found
+
 
 def pack(
-    weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int, spare: Iterable[torch.Tensor] = ()
+    weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int, spare: list[torch.Tensor] | None = None
 ) -> Iterator[Bucket]:
     """Copy weights into buckets, in order.
 
     Args:
         weights: a tensor is copied before the next one is asked for.
         bucket_bytes: a bucket's largest size; a single larger tensor has a bucket of its own.
-        spare: `Bucket.data` of buckets that are no longer needed, whose memory is used again where it is large enough.
+        spare: `Bucket.data` of buckets that are no longer needed. What is used again is taken out; a bucket that is done
+            with meanwhile may be put in. New memory costs more than the copy: the kernel clears every page of it first.
     """
-    left, filling = list(spare), _Filling(None)
+    left, filling = [] if spare is None else spare, _Filling(None)
     for name, tensor in weights:
         if filling.names and not filling.has_room(tensor):
             yield filling.bucket()

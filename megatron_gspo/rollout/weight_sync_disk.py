@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_gspo.rollout.sglang_http import ServerFaultError, SglangHttp
+from megatron_gspo.rollout.weight_sync_buckets import pack
 from megatron_gspo.types import TrainingFailedError
 
-SHARD_BYTES = 4 * 10**9
+SHARD_BYTES = 2**30
 
 
 class DiskWeightSync:
@@ -29,11 +30,13 @@ class DiskWeightSync:
         Args:
             directory: seen by this machine and by the servers' under one path.
             run_id: unique among the runs that share the directory or the servers.
-            shard_bytes: the largest file, which is also what is held in memory beside the model.
+            shard_bytes: the largest file, and what is held in host memory beside the model from the first version on; a
+                single larger weight has a file of its own.
         """
         self._directory = directory
         self._run_id = run_id
         self._shard_bytes = shard_bytes
+        self._memory: list[torch.Tensor] = []  # of the last file, for the next one
 
     def label(self, version: int) -> str:
         """See `WeightSync.label`."""
@@ -93,18 +96,6 @@ class DiskWeightSync:
         return self._directory / self.label(version)
 
     def _write(self, directory: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        collected: dict[str, torch.Tensor] = {}
-        collected_bytes = number = 0
-
-        def write() -> None:
-            save_file(collected, directory / f"model-{number:05}.safetensors", metadata={"format": "pt"})
-            collected.clear()
-
-        for name, tensor in weights:
-            if collected and collected_bytes + tensor.nbytes > self._shard_bytes:
-                write()
-                number, collected_bytes = number + 1, 0
-            collected[name] = tensor.detach().to(device="cpu", copy=True).contiguous()
-            collected_bytes += tensor.nbytes
-        if collected:
-            write()
+        for number, bucket in enumerate(pack(weights, self._shard_bytes, self._memory)):
+            save_file(bucket.tensors(), directory / f"model-{number:05}.safetensors", metadata={"format": "pt"})
+            self._memory.append(bucket.data)

@@ -4,7 +4,7 @@ In `RUN/checkpoints/step_N` lie Megatron's distributed checkpoint of model and o
 
     state.json   step, policy version, learning-rate schedule, skipped updates, data cursor, metrics line, recipe, model
     random.pt    the states of every rank's random generators
-    manifest.json  the sha256 of all other files
+    manifest.json  the digests of all other files
 
 `checkpoint_saver.py` writes it. In: its directory. Out: the same run, bit for bit where the layout is the same too.
 Megatron keeps its index in Python's pickle format: go on from checkpoints of your own, and hand policies to others as
@@ -17,6 +17,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from megatron_gspo.training.assembly import Run
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.identity import model_identity
 from megatron_gspo.training.optimizer import TrainablePolicy
+from megatron_gspo.training.optimizer_state import without_gathering
 from megatron_gspo.types import UserError
 
 logger = logging.getLogger(__name__)
@@ -139,7 +141,7 @@ def sharded_state(policy: TrainablePolicy, *, is_loading: bool) -> dict[str, Any
         for optimizer in policy.optimizer.chained_optimizers:
             # Moments exist from the first update on, and every update so far may have been skipped.
             optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-    with torch.no_grad():
+    with torch.no_grad(), nullcontext() if is_loading else without_gathering(policy.optimizer.chained_optimizers):
         optimizer_state = policy.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=layout_free)
     return models | {"optimizer": optimizer_state}
 

@@ -17,7 +17,7 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +51,10 @@ class SaveFailedError(TrainingFailedError):
 class _Writer(threading.Thread):
     """Writes this rank's part of a checkpoint and hashes it. A daemon: a rank that has to end does not wait for it."""
 
-    def __init__(self, request: AsyncRequest, aside: Path, *, copy: bool) -> None:
+    def __init__(self, request: AsyncRequest, aside: Path, live: Set[int]) -> None:
         super().__init__(name="checkpoint writer", daemon=True)
         self._request, self._aside = request, aside
-        self._buckets = _on_host(request, copy=copy)
+        self._buckets = _on_host(request, live)
         self.hashes: dict[str, str] = {}
         self.error: BaseException | None = None
         self.seconds = 0.0
@@ -151,13 +151,14 @@ class CheckpointSaver:
         prepare_checkpoint_writer()
         sharded = sharded_state(run.policy, is_loading=False)
         self._num_bytes = int(parallel.sum_over_all_ranks(torch.tensor(_bytes_written_here(sharded))))
+        live = _storages(sharded) if self._in_background else frozenset()
         aside = on_main_rank(lambda: self._make_room(state.step))
         with heard_by_all_ranks():
             request = dist_checkpointing.save(sharded, str(aside), async_sharded_save=True)
         assert request is not None, "Megatron returns what is left to do"
         generators = parallel.gather_objects(random_states())
         on_main_rank(lambda: _write_own_files(aside, state, generators))
-        writer = _Writer(request, aside, copy=self._in_background)
+        writer = _Writer(request, aside, live)
         writer.start()
         return _Save(state, aside, request, writer)
 
@@ -207,25 +208,31 @@ def _write_own_files(aside: Path, state: SavedState, generators: list[dict[str, 
     (aside / RANDOM).write_bytes(buffer.getvalue())
 
 
-def _on_host(request: AsyncRequest, *, copy: bool) -> list[tuple[str, str, tuple[Any, Any]]]:
+def _storages(sharded: dict[str, Any]) -> frozenset[int]:
+    """Where the memory lies that the run's own tensors are in."""
+    held = (value.data for value in nested_values(sharded) if isinstance(value, ShardedTensor | ShardedTensorFactory))
+    return frozenset(data.untyped_storage().data_ptr() for data in held if data is not None)
+
+
+def _on_host(request: AsyncRequest, live: Set[int]) -> list[tuple[str, str, tuple[Any, Any]]]:
     """What this rank writes, by file: its path, its name, its bytes and tensors in host memory.
 
-    With `copy` no tensor shares memory with the run; what Megatron moved from a GPU never does.
+    No tensor is in `live` memory. Megatron has copied most already: what it moved from a GPU, and parts of larger tensors.
     """
     if request.preload_fn is None:
         return []
-    buckets = request.preload_fn()
-    if not copy:
-        return buckets
-    was_there = {id(tensor) for _, _, (_, tensors) in request.async_fn_args[1] for _, tensor in tensors}
+
+    def kept(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
+
     return [
-        (path, name, (in_bytes, [(item, t.clone() if id(t) in was_there else t) for item, t in tensors]))
-        for path, name, (in_bytes, tensors) in buckets
+        (path, name, (in_bytes, [(item, kept(tensor)) for item, tensor in tensors]))
+        for path, name, (in_bytes, tensors) in request.preload_fn()
     ]
 
 
 def _hashes_of_all_ranks(writer: _Writer) -> dict[str, str]:
-    """The sha256 of each file that the ranks' threads wrote.
+    """The digest of each file that the ranks' threads wrote.
 
     Raises:
         UserError: on all ranks, where the thread of any met what an operating system may refuse.

@@ -11,12 +11,14 @@ wall. Times themselves are not reported on a CPU.
 
 from __future__ import annotations
 
+import cProfile
 import gc
+import pstats
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -74,6 +76,7 @@ class RowResult:
     swing: dict[str, float] = field(default_factory=dict)  # slowest over fastest round of each probe
     profile: list[tuple[str, float]] = field(default_factory=list)  # operator, its share of our side's time
     notes: list[str] = field(default_factory=list)
+    series: dict[str, dict[str, list[Any]]] = field(default_factory=dict)  # what a picture is drawn from, by its panel
 
 
 class DifferentResultsError(Exception):
@@ -134,6 +137,22 @@ class Bench:
             raise DifferentResultsError(f"{what}: the sides differ by {difference:.3g}; values go up to {scale:.3g}")
         self.result.differences[what] = difference / scale
 
+    def identical(self, what: str, ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+        """Hold named tensors against each other, bit by bit.
+
+        Raises:
+            DifferentResultsError: a name, shape, dtype or bit differs, or there is nothing to compare.
+        """
+        if not ours or ours.keys() != theirs.keys():
+            raise DifferentResultsError(f"{what}: {len(ours)} and {len(theirs)} tensors, or of other names")
+        for name, tensor in ours.items():
+            other = theirs[name]
+            if tensor.dtype != other.dtype or tensor.shape != other.shape:
+                raise DifferentResultsError(f"{what}: {name} is {tensor.dtype} {list(tensor.shape)} on one side only")
+            if not torch.equal(tensor.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)):
+                raise DifferentResultsError(f"{what}: {name} differs")
+        self.result.differences[what] = 0.0
+
     def profile(self, ours: Callable[[], object], *, repeats: int = 3, top: int = 8) -> None:
         """Note which operators our side's time goes to."""
         ours()
@@ -172,6 +191,21 @@ def alternate(
         for name, total in spent.items():
             seconds[name].append(total)
     return seconds
+
+
+def calls(run: Callable[[], object], top: int = 5) -> str:
+    """Where this thread's time on the wall goes in `run`, by function."""
+    profiler = cProfile.Profile(time.perf_counter)
+    profiler.runcall(run)
+    spent: dict[str, float] = {}
+    for (_, _, name), (_, _, own, *_) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
+        spent[name] = spent.get(name, 0.0) + own
+    total = sum(spent.values())
+    largest = sorted(spent.items(), key=lambda item: -item[1])[:top]
+    return ", ".join(
+        f"{name.strip('<>').removeprefix('built-in method ').removeprefix('builtins.')} {s / total:.0%}"
+        for name, s in largest
+    )
 
 
 def copy_probe(num_bytes: int) -> Callable[[], object]:

@@ -9,11 +9,16 @@ from pathlib import Path
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """Bytes of resident memory that `function` takes at its peak beyond what the process holds before it."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = resident_bytes("VmRSS")
+    before = set_peak_back()
     function()
     return resident_bytes("VmHWM") - before
+
+
+def set_peak_back() -> int:
+    """Have the peak be what is resident now. Returns that, in bytes."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes("VmRSS")
 
 
 def resident_bytes(field: str) -> int:

@@ -52,8 +52,7 @@ def policy(shapes: Qwen3MoeConfig, **options: Any) -> PolicyModel:
 
 def write_checkpoint(directory: Path, **changes: Any) -> None:
     """A Hugging Face checkpoint of the shapes that the laptop recipes train, with random weights and its tokenizer."""
-    tokenizer = build_byte_tokenizer()
-    tokenizer.save_pretrained(directory)
+    build_byte_tokenizer().save_pretrained(directory)
     shapes = AutoConfig.from_pretrained(SHIPPED)
     for name, value in changes.items():
         setattr(shapes, name, value)

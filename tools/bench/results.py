@@ -90,6 +90,16 @@ def details(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def provenance(rows: Rows) -> str:
+    """When each row was measured, in how many rounds and at which commit, by what `run.py` wrote beside it."""
+    said: dict[str, list[str]] = {}
+    for row, result in rows.items():
+        made = result.get("made")
+        how = f"{made['date']} at {made['commit']}, {made['rounds']} rounds" if made else "not recorded"
+        said.setdefault(how, []).append(row)
+    return "Measured: " + "; ".join(f"{', '.join(names)}: {how}" for how, names in said.items()) + "."
+
+
 def compare(rows: Rows, baseline: Rows) -> str:
     """What moved: figures whose median lies outside the baseline's range while the baseline's lies outside theirs."""
     before = {(s.row, s.name): s for s in summaries(baseline)}

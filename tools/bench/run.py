@@ -3,7 +3,8 @@
     python tools/bench/run.py [NAME ...] [--rounds N] [--json FILE] [--compare FILE] [--docs FILE]
 
 Every row runs in a process of its own, on one thread, and prints ratios: the median over the rounds and their range.
-Rows beside TRL and verl run in an environment that has those (`tools/bench/install_peers.sh`); its Python is
+With --json a row takes the place of the one measured before, beside its date, commit and rounds, and --docs shows all that
+the file holds: nothing is entered by hand. Rows beside TRL and verl run in an environment that has those (`tools/bench/install_peers.sh`); its Python is
 `.venv-peers/bin/python`, or what MEGATRON_GSPO_PEERS_PYTHON says, and without one they are left out, in words.
 """
 
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,9 @@ from tools.bench.rows import ROWS  # noqa: E402
 def main() -> int:
     """Measure what was asked for."""
     arguments = parser().parse_args()
+    if arguments.docs and not arguments.json:
+        print("--docs shows what --json holds: give both", file=sys.stderr)
+        return 2
     unknown = [name for name in arguments.names if name not in ROWS]
     if unknown:
         print(f"{unknown[0]} is not a row; rows: {', '.join(ROWS)}", file=sys.stderr)
@@ -47,6 +52,7 @@ def main() -> int:
             failed.append(name)
             continue
         rows[name] = result
+        rows[name]["made"] = made(arguments.rounds)
         if arguments.json:
             results.write(arguments.json, rows, environment())
         print(results.markdown({name: result}))
@@ -54,9 +60,19 @@ def main() -> int:
     if arguments.compare:
         print(results.compare(rows, results.read(arguments.compare)))
     if arguments.docs:
-        shown = results.read(arguments.json) if arguments.json else rows
+        shown = results.read(arguments.json)
         in_order = {name: shown[name] for name in ROWS if name in shown}
-        results.replace_section(arguments.docs, "measured", results.markdown(in_order))
+        table = f"{results.markdown(in_order)}\n\n{results.provenance(in_order)}"
+        results.replace_section(arguments.docs, "measured", table)
+        if "growth" in rows:  # a picture is drawn from what was measured just now
+            picture = [
+                sys.executable,
+                "-m",
+                "tools.bench.picture",
+                arguments.json,
+                arguments.docs.with_name("growth.png"),
+            ]
+            subprocess.run(list(map(str, picture)), cwd=ROOT, check=True)
     for name in failed:
         print(f"{name}: failed, see above", file=sys.stderr)
     return 1 if failed else 0
@@ -82,6 +98,17 @@ def measure(name: str, python: Path, rounds: int) -> dict[str, Any] | None:
         settings |= {PEERS: str(peers)} if (peers := peers_python()) else {}
         done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, check=False)
         return json.loads(file.read_text()) if done.returncode == 0 else None
+
+
+def made(rounds: int) -> dict[str, object]:
+    """When and from what a row is measured: the commit, and whether files differ from it."""
+    commit = git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "rounds": rounds}
+
+
+def git(*arguments: str) -> str:
+    """What git says of this repository."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def peers_python() -> Path | None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tools.bench.harness import Bench, DifferentResultsError, Figure, Times, alternate
-from tools.bench.results import compare, markdown, number, read, replace_section, write
+from tools.bench.harness import Bench, DifferentResultsError, Figure, Times, alternate, calls
+from tools.bench.results import compare, markdown, number, provenance, read, replace_section, write
 
 
 class SlowingMachine:
@@ -66,6 +66,32 @@ def test_sides_that_compute_something_else_are_refused(wrong: float):
 def test_results_of_nothing_but_zeros_are_no_agreement():
     with pytest.raises(DifferentResultsError, match="all of it is 0"):
         Bench(rounds=1).same("gradient", torch.zeros(3), torch.zeros(3), tolerance=1.0)
+
+
+def test_tensors_are_identical_by_name_dtype_shape_and_bit():
+    bench, ours = Bench(rounds=1), {"a": torch.tensor([1.0, math.nan]), "b": torch.zeros(2)}
+    bench.identical("weights", ours, {name: tensor.clone() for name, tensor in ours.items()})
+    assert bench.result.differences == {"weights": 0.0}
+    others = (
+        {},
+        {"a": ours["a"]},
+        ours | {"b": torch.zeros(2, dtype=torch.float64)},
+        ours | {"b": torch.zeros(1, 2)},
+        ours | {"b": torch.tensor([0.0, -0.0])},
+    )
+    for other in others:
+        with pytest.raises(DifferentResultsError, match="weights"):
+            bench.identical("weights", ours, other)
+
+
+def test_the_time_of_a_thread_is_said_by_function():
+    assert calls(lambda: sorted(range(200_000), key=lambda value: -value)).startswith("sorted ")
+
+
+def test_rows_say_when_and_from_what_they_were_measured():
+    made = {"date": "2026-01-02", "commit": "abc", "rounds": 3}
+    rows = {"loss": row(1.0) | {"made": made}, "packing": row(1.0), "routing": row(1.0) | {"made": made}}
+    assert provenance(rows) == ("Measured: loss, routing: 2026-01-02 at abc, 3 rounds; packing: not recorded.")
 
 
 def test_comparing_names_what_moved_beyond_the_spread_of_both_runs():

@@ -43,6 +43,8 @@ def test_what_is_packed_is_read_back_whatever_the_buckets_size(bucket_bytes: int
     buckets = list(pack(overwritten(tensors), bucket_bytes))
     found = {name: tensor for bucket in buckets for name, tensor in read_back(bucket).items()}
     assert list(found) == list(tensors)
+    views = {name: tensor for bucket in buckets for name, tensor in bucket.tensors().items()}
+    assert all(torch.equal(views[name], tensor) for name, tensor in found.items())
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)

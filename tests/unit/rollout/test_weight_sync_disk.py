@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megatron_gspo.rollout import weight_sync_disk
 from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from megatron_gspo.types import TrainingFailedError
 
@@ -32,6 +33,20 @@ def test_what_is_published_is_what_was_given_whatever_the_files_size(tmp_path: P
     for number, tensor in enumerate(found[f"layer.{number}"] for number in range(5)):
         assert tensor.shape == ((3, 4) if number % 2 else (4, 3))
         assert (tensor == number).all()
+
+
+def test_files_of_one_size_are_written_from_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    addresses = set()
+
+    def save_and_note(tensors: dict[str, torch.Tensor], *arguments: object, **options: object) -> None:
+        addresses.add(next(iter(tensors.values())).data_ptr())
+        save_file(tensors, *arguments, **options)
+
+    monkeypatch.setattr(weight_sync_disk, "save_file", save_and_note)
+    sync = DiskWeightSync(tmp_path, "run", shard_bytes=100)
+    for version in (1, 2):
+        sync.publish(weights(), version)
+    assert len(addresses) == 1
 
 
 def test_weights_that_are_broken_off_are_never_seen(tmp_path: Path):

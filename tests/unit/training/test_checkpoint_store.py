@@ -1,10 +1,11 @@
 """Checkpoint directories: whole or not there, the newest kept, damage named."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 
-from megatron_gspo.training.checkpoint_store import CheckpointStore, damaged_files, file_names, hash_files
+from megatron_gspo.training.checkpoint_store import CheckpointStore, Manifest, damaged_files, file_names, hash_files
 
 
 def save(store: CheckpointStore, step: int, *, keep: int = 2) -> None:
@@ -47,6 +48,17 @@ def test_a_step_saved_again_replaces_its_checkpoint(store: CheckpointStore):
     (store.path(2) / "weights.bin").write_bytes(b"damaged")
     save(store, 2)
     assert damaged_files(store.path(2)) == []
+
+
+def test_a_checkpoint_that_was_hashed_by_sha256_is_still_verified(store: CheckpointStore):
+    save(store, 2)
+    hashes = {
+        name: hashlib.sha256((store.path(2) / name).read_bytes()).hexdigest() for name in ("state.json", "weights.bin")
+    }
+    (store.path(2) / "manifest.json").write_text(Manifest("sha256", hashes).text)
+    assert damaged_files(store.path(2)) == []
+    (store.path(2) / "state.json").write_text("{ }")
+    assert damaged_files(store.path(2)) == [store.path(2) / "state.json"]
 
 
 @pytest.mark.parametrize("name", ["weights.bin", "state.json", "manifest.json"])

@@ -19,5 +19,8 @@ ROWS = {
     "packing": Row(),
     "rl_step": Row(needs_peers=True),
     "rollouts": Row(),
+    "weights": Row(),
+    "checkpoints": Row(),
+    "growth": Row(),
     "start_up": Row(),
 }
