@@ -25,33 +25,25 @@ from megatron_gspo.training.checkpoint_store import CheckpointStore
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import learn
 from megatron_gspo.training.resume import find_checkpoint
-from tests.distributed.training_on_ranks import arrange, fixed_experience, fresh_world
+from tests.distributed.training_on_ranks import arrange, fixed_experience
 
 #: Audit events of changes to the file system that `open` for writing does not raise.
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
-def learn_and_save(recipe: str, layouts: dict[str, list[str]], directory: str) -> dict[str, dict[str, Any]]:
-    """In each layout: learn a step, save it as the layout's name, and learn another."""
-    found = {}
-    for name, options in layouts.items():
-        fresh_world(f"{directory}/world_saves_{name}")
-        run = assembled(recipe, options)
-        learn(run, fixed_experience(run.recipe, 1), 1, SkippedUpdates(0))
-        found[name] = save_and_learn(run, CheckpointStore(Path(directory) / name))
-    return found
+def learn_and_save(recipe: str, options: list[str], store: str) -> dict[str, Any]:
+    """Learn a step, save it in the directory `store`, and learn another."""
+    run = assembled(recipe, options)
+    learn(run, fixed_experience(run.recipe, 1), 1, SkippedUpdates(0))
+    return save_and_learn(run, CheckpointStore(Path(store)))
 
 
-def load_and_learn(recipe: str, pairs: dict[str, tuple[str, list[str]]], directory: str) -> dict[str, dict[str, Any]]:
-    """For each pair of what was saved and a layout: go on from it there; save that again, and learn the other step."""
-    found = {}
-    for name, (saved_as, options) in pairs.items():
-        fresh_world(f"{directory}/world_loads_{name}")
-        run = assembled(recipe, options)
-        checkpoint = find_checkpoint(CheckpointStore(Path(directory) / saved_as), run.recipe, None)
-        load_checkpoint(run, checkpoint.path, checkpoint.state, SkippedUpdates(0))
-        found[name] = save_and_learn(run, CheckpointStore(Path(directory) / name))
-    return found
+def load_and_learn(recipe: str, options: list[str], saved: str, store: str) -> dict[str, Any]:
+    """Go on from what was saved in the directory `saved`; save that again, in `store`, and learn the other step."""
+    run = assembled(recipe, options)
+    checkpoint = find_checkpoint(CheckpointStore(Path(saved)), run.recipe, None)
+    load_checkpoint(run, checkpoint.path, checkpoint.state, SkippedUpdates(0))
+    return save_and_learn(run, CheckpointStore(Path(store)))
 
 
 def assembled(recipe: str, options: list[str]) -> Run:

@@ -60,16 +60,23 @@ def saved_and_loaded(
     ranks: RankPool, recipe: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, dict], dict[str, dict]]:
     """What every layout saved, and what the one after it came to; by the name of the first."""
-    directory = str(tmp_path_factory.mktemp("layouts"))
-    divided = {name: options for name, options in LAYOUTS.items() if name != "one"}
-    pairs = {f"{first}, gone on": (first, LAYOUTS[second]) for first, second in GOES_ON_IN.items()}
-    at_one = {"expert 2, gone on": pairs.pop("expert 2, gone on")}
-    common = {"recipe": recipe, "directory": directory}
-    (saved, _) = ranks.run(RANKS + "learn_and_save", num_ranks=2, layouts=divided, **common)
-    (saved_by_one,) = ranks.run(RANKS + "learn_and_save", num_ranks=1, layouts={"one": []}, **common)
-    (loaded_by_one,) = ranks.run(RANKS + "load_and_learn", num_ranks=1, pairs=at_one, **common)
-    (loaded, _) = ranks.run(RANKS + "load_and_learn", num_ranks=2, pairs=pairs, **common)
-    return saved | saved_by_one, {name.removesuffix(", gone on"): it for name, it in (loaded | loaded_by_one).items()}
+    directory = tmp_path_factory.mktemp("layouts")
+
+    def on_first_rank(function: str, layout: str, **paths: Path) -> dict:
+        return ranks.run(
+            RANKS + function,
+            num_ranks=1 if layout == "one" else 2,
+            recipe=recipe,
+            options=LAYOUTS[layout],
+            **{name: str(path) for name, path in paths.items()},
+        )[0]
+
+    saved = {layout: on_first_rank("learn_and_save", layout, store=directory / layout) for layout in LAYOUTS}
+    gone_on = {
+        first: on_first_rank("load_and_learn", second, saved=directory / first, store=directory / f"{first}, gone on")
+        for first, second in GOES_ON_IN.items()
+    }
+    return saved, gone_on
 
 
 @pytest.mark.parametrize(("saved_as", "loaded_as"), GOES_ON_IN.items())

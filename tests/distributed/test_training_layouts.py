@@ -147,29 +147,24 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def learnt(
-    recipes: dict[str, str], ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], list[dict]]:
-    """What each rank comes to, by layout and arm. Layouts with as many ranks share their processes: these cost the most."""
-    directory = str(tmp_path_factory.mktemp("worlds"))
+def learnt(recipes: dict[str, str], ranks: RankPool) -> dict[tuple[str, str], list[dict]]:
+    """What each rank comes to, by layout and arm. The arms of a layout share their ranks.
+
+    Layouts do not: gloo's threads of a former one would stay, and wake up a hundred times a second each.
+    """
     found: dict[tuple[str, str], list[dict]] = {}
     for num_ranks, with_every_arm in LAYOUTS.items():
         half_equal = HALF_EQUAL[num_ranks]
-        options_of = with_every_arm | VARIANTS.get(num_ranks, {}) | half_equal
-        layouts = {
-            name: {
-                "recipe": recipes[reference_of(name, RICHEST)[0]],
-                "options": options,
-                "equal": NUM_GROUPS // 2 if name in half_equal else 0,
-                "arms": ARMS if name in with_every_arm else {RICHEST: ARMS[RICHEST]},
-            }
-            for name, options in options_of.items()
-        }
-        of_ranks = ranks.run(
-            RANKS + "learn_layouts_on_ranks", num_ranks=num_ranks, layouts=layouts, directory=directory
-        )
-        for name, layout in layouts.items():
-            found |= {(name, arm): [of_rank[name][arm] for of_rank in of_ranks] for arm in layout["arms"]}
+        for name, options in (with_every_arm | VARIANTS.get(num_ranks, {}) | half_equal).items():
+            of_ranks = ranks.run(
+                RANKS + "learn_on_ranks",
+                num_ranks=num_ranks,
+                recipe=recipes[reference_of(name, RICHEST)[0]],
+                options=options,
+                arms=ARMS if name in with_every_arm else {RICHEST: ARMS[RICHEST]},
+                num_equal=NUM_GROUPS // 2 if name in half_equal else 0,
+            )
+            found |= {(name, arm): [of_rank[arm] for of_rank in of_ranks] for arm in of_ranks[0]}
     return found
 
 

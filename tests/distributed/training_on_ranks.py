@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import gc
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron_gspo import parallel
 from megatron_gspo.config import Recipe, load_recipe
 from megatron_gspo.model.build import read_hf_config
-from megatron_gspo.model.hf_weights import export_hf_weights
 from megatron_gspo.policy_loss import group_advantages
 from megatron_gspo.training import optimizer
 from megatron_gspo.training.assembly import (
@@ -40,31 +39,24 @@ BUCKET_SIZE = 4000
 UNTIMED = ("time/", "throughput/", "memory/")
 
 
-def fresh_world(meeting_point: str) -> None:
-    """Meet the same ranks anew, at a file of that name, with none of the former process groups left."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    parallel.shutdown()
-    dist.init_process_group("gloo", store=dist.FileStore(meeting_point, world_size), rank=rank, world_size=world_size)
+def learn_on_ranks(
+    recipe: str, options: list[str], arms: dict[str, list[str]], num_equal: int
+) -> dict[str, dict[str, Any]]:
+    """One step of each arm in the layout that `options` describe; an arm's own options come before the layout's.
 
-
-def learn_layouts_on_ranks(layouts: dict[str, dict[str, Any]], directory: str) -> dict[str, dict[str, Any]]:
-    """One step of each arm in each layout, by layout and arm.
-
-    A layout names its "recipe", its "options", and its "arms", each by the options that come before the layout's; and
-    how many groups of its step have "equal" rewards.
+    `num_equal` groups of its responses have equal rewards.
     """
     optimizer.DistributedDataParallelConfig = functools.partial(DistributedDataParallelConfig, bucket_size=BUCKET_SIZE)
-    found = {}
-    for number, (name, layout) in enumerate(layouts.items()):
-        recipe, options = Path(layout["recipe"]), layout["options"]
-        fresh_world(f"{directory}/world_of_{dist.get_world_size()}_{number}")
-        arrange(load_recipe(recipe, options))
-        run = assemble(load_recipe(recipe, options))
-        found[name] = {
-            arm: learn_from_fixed(run, load_recipe(recipe, [*of_arm, *options]), layout["equal"])
-            for arm, of_arm in layout["arms"].items()
-        }
-        run.close()
+    layout = load_recipe(Path(recipe), options)
+    arrange(layout)
+    run = assemble(layout)
+    # No switch of an arm decides what is learned from.
+    experience = fixed_experience(layout, 1, num_equal)
+    found = {
+        arm: learn_from_fixed(run, experience, load_recipe(Path(recipe), [*of_arm, *options]))
+        for arm, of_arm in arms.items()
+    }
+    run.close()
     return found
 
 
@@ -82,35 +74,47 @@ def supervise_on_ranks(recipe: str, layout: list[str]) -> dict[str, float]:
 def arrange(recipe: Recipe) -> None:
     """Arrange the ranks as `recipe` says."""
     parallel.initialize_model_parallel(recipe.parallel, recipe.seed)
-    gc.freeze()  # what tests have imported is much, and stays
 
 
-def learn_from_fixed(assembled: Run, recipe: Recipe, num_equal: int) -> dict[str, Any]:
-    """Learn once from fixed responses, with a policy of its own and `recipe`'s switches.
+class WeightsHandedOver:
+    """Stands where a data leader has its rollout engine, on every rank, and keeps the weights that one is given."""
+
+    def __init__(self) -> None:
+        self.engine = self
+        self.weights = torch.empty(0)
+
+    def update_weights(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Keep all of them in one vector."""
+        assert version == 1
+        self.weights = torch.cat([tensor.reshape(-1).clone() for _, tensor in weights])
+
+
+def learn_from_fixed(assembled: Run, experience: Experience, recipe: Recipe) -> dict[str, Any]:
+    """Learn once from `experience`, with a policy of its own and `recipe`'s switches.
 
     Args:
         assembled: what stays the same for all that learn.
+        experience: the same responses for all that learn.
         recipe: the arm's and the layout's.
-        num_equal: groups with equal rewards.
 
     Returns:
-        The step's metrics, the first update's gradients, and the weights at the end.
+        The step's metrics, the first update's gradients, and the weights that the rollout engine gets at the end.
     """
     recipe = with_clip_range(recipe)
     models = build_models(recipe)
+    handed_over = WeightsHandedOver()
     run = replace(
         assembled,
         recipe=recipe,
         policy=build_trainable_policy(models, recipe, reinforcement_learning_rate(recipe)),
-        rollouts=None,  # the responses are there already
+        rollouts=handed_over,  # the responses are there already
         routing=RoutingControl(models, recipe),
     )
     gradients: dict[str, torch.Tensor] = {}
     keep_first_gradients(run.policy, gradients)
-    result = learn(run, fixed_experience(recipe, 1, num_equal), 1, SkippedUpdates(0))
+    result = learn(run, experience, 1, SkippedUpdates(0))
     metrics = {name: value for name, value in result.metrics.items() if not name.startswith(UNTIMED)}
-    weights = torch.cat([tensor.reshape(-1).clone() for _, tensor in export_hf_weights(run.policy.models)])
-    return {"metrics": metrics, "gradients": gradients, "weights": weights}
+    return {"metrics": metrics, "gradients": gradients, "weights": handed_over.weights}
 
 
 def keep_first_gradients(policy: TrainablePolicy, gradients: dict[str, torch.Tensor]) -> None:

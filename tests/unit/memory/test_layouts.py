@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -15,20 +17,24 @@ from megatron_gspo.memory import fitting_layouts, possible_layouts
 from megatron_gspo.memory.layouts import smallest_layout
 from megatron_gspo.model.build import check_layout, read_hf_config
 from tests.tiny_models import dense_config
+from tools import plan as tool
 
 REPOSITORY = Path(__file__).parents[3]
 RECIPE = REPOSITORY / "recipes/qwen3_30b_a3b_gspo.yaml"
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/plan.py", *arguments],
-        cwd=REPOSITORY,
-        env={"PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """What `python tools/plan.py ARGUMENTS` does, without the start of a process."""
+    printed, complaint = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as here, redirect_stdout(printed), redirect_stderr(complaint):
+        here.chdir(REPOSITORY)
+        here.setenv("COLUMNS", "120")
+        here.setattr(sys, "argv", ["plan.py", *arguments])
+        try:
+            status = tool.main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, status, printed.getvalue(), complaint.getvalue())
 
 
 def test_every_layout_found_fills_the_gpus_and_can_be_built() -> None:
@@ -90,7 +96,14 @@ def test_the_documentation_shows_what_the_tool_prints() -> None:
 
 
 def test_the_tool_says_what_fits_in_json() -> None:
-    printed = plan(str(RECIPE), "--gpus", "32", "--gpu-memory", "80", "--json")
+    printed = subprocess.run(
+        [sys.executable, "tools/plan.py", str(RECIPE), "--gpus", "32", "--gpu-memory", "80", "--json"],
+        cwd=REPOSITORY,
+        env={"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert printed.returncode == 0, printed.stderr
     found = json.loads(printed.stdout)
     assert found["recipe"]["fits"]
