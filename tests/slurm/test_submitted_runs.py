@@ -158,8 +158,11 @@ def test_a_dry_run_prints_the_script_that_would_run_and_leaves_nothing(cluster: 
 def test_what_a_killed_test_session_has_started_is_gone_with_it(cluster: Cluster, tmp_path: Path):
     (tmp_path / "log").mkdir()
     session = (
-        "import os; from pathlib import Path; from tests.slurm.cluster import Cluster\n"
-        f"print(Cluster(Path({str(tmp_path)!r}))._spawn('daemon', 'sleep', '1000').pid, flush=True)\n"
+        "import os; from pathlib import Path; from tests.slurm.cluster import Cluster, wait_for\n"
+        f"daemon = Cluster(Path({str(tmp_path)!r}))._spawn('daemon', 'sleep', '1000').pid\n"
+        # Before that it is still setpriv, which has not yet asked to be killed.
+        "wait_for(lambda: Path(f'/proc/{daemon}/comm').read_text() == 'sleep\\n', 'the daemon')\n"
+        "print(daemon, flush=True)\n"
         f"os.kill(os.getpid(), {signal.SIGKILL:d})"
     )
     printed = subprocess.run(
@@ -300,7 +303,7 @@ def test_a_jobs_servers_have_a_key_that_nobody_else_can_read_and_that_is_written
 
 def test_ranks_whose_servers_cannot_start_do_not_wait_for_them(beside: Beside):
     assert "$MEGATRON_GSPO_SGLANG_PYTHON is /nowhere/python, which cannot be run" in beside.refused
-    assert beside.job.events()[:2] == ["started", "refused"]
+    assert beside.job.events()[:2] == ["started", "refused"], beside.refused
     assert not beside.left
 
 
