@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parsed = build_parser().parse_args(given)
+    parsed = parse(given)
     _set_up_logging()
     from megatron_gspo.types import TrainingFailedError, UserError
 
@@ -117,6 +117,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_first_rank() or not error.of_all_ranks:
             print(f"megatron-gspo: {error}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def parse(given: Sequence[str]) -> argparse.Namespace:
+    """What the command line asks for; a recipe's fields may stand anywhere behind it.
+
+    argparse alone takes them where they stand together, and leaves over those that follow an option.
+
+    Raises:
+        SystemExit: with status 2, of arguments that no command takes.
+    """
+    parser = build_parser()
+    parsed, left_over = parser.parse_known_args(given)
+    takes_fields = "overrides" in parsed
+    unknown = [word for word in left_over if not takes_fields or word.startswith("-") or "=" not in word]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if takes_fields:
+        parsed.overrides += left_over
+    return parsed
 
 
 def _set_up_logging() -> None:

@@ -57,7 +57,7 @@ def shown(estimate: Estimate, *, signed: bool = False, percent: bool = False) ->
     def text(value: float) -> str:
         if percent:
             return f"{value:.2%}" if abs(value) < 0.1 else f"{value:.0%}"
-        plain = f"{value:.3f}" if abs(value) < 1 else f"{value:.3g}"
+        plain = f"{value:.3f}" if abs(value) < 1 else f"{value:#.3g}".rstrip(".")
         return f"+{plain}" if signed and value > 0 else plain
 
     if estimate.count < 2:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gspo.cli import build_parser
+from megatron_gspo.cli import parse
 from megatron_gspo.slurm.arguments import Submission, read_submit
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
@@ -27,6 +27,6 @@ def submission(recipe: Path, tmp_path: Path) -> Callable[..., Submission]:
 
     def read(*arguments: object) -> Submission:
         words = ["submit", str(recipe), *map(str, arguments), "--output-dir", str(tmp_path / "runs")]
-        return read_submit(build_parser().parse_args(words))
+        return read_submit(parse(words))
 
     return read

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_gspo.cli import build_parser
+from megatron_gspo.cli import parse
 from megatron_gspo.slurm.arguments import Submission, read_submit
 from megatron_gspo.slurm.plan import make_plan
 from megatron_gspo.types import UserError
@@ -84,7 +84,7 @@ def test_what_will_not_fit_is_warned_of_where_the_gpus_memory_is_known(submissio
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("qwen3_*.yaml")))
 def test_the_cluster_recipes_can_be_submitted_as_they_are_but_for_their_data(name: str, tmp_path: Path):
     words = ["submit", str(RECIPES / name), "data.train=arithmetic_chain", "data.eval=null", "--output-dir"]
-    plan = make_plan(read_submit(build_parser().parse_args([*words, str(tmp_path / "run")])))
+    plan = make_plan(read_submit(parse([*words, str(tmp_path / "run")])))
     assert plan.ranks_per_node == 8
     assert plan.remarks == ()
 
