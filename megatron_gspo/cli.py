@@ -168,6 +168,7 @@ def _recipe_command(
 
 
 def _train(parsed: argparse.Namespace, given: list[str]) -> int:
+    launch.hold_stop_signals()  # until the run, or the launcher of its ranks, listens to them
     recipe = _load(parsed)
     resume = parsed.resume or parsed.resume_from is not None
     if parsed.servers is not None and recipe.rollout.engine != "sglang":

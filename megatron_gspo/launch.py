@@ -28,6 +28,10 @@ GRACE_S = 2.0
 HOLD_S = 0.3
 
 
+#: What schedulers ask a run with to save and stop.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a process stands among the ranks of a run."""
@@ -66,6 +70,16 @@ def node_of_this_process(environment: Mapping[str, str] = os.environ) -> Node | 
     return Node(int(environment.get("SLURM_PROCID", 0)), int(environment.get("SLURM_STEP_NUM_TASKS", 1)))
 
 
+def hold_stop_signals() -> None:
+    """Have `STOP_SIGNALS` wait until somebody listens: imports and models take long, and would be ended by them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+
+def deliver_stop_signals() -> None:
+    """Have those that wait, and those to come, reach their handlers. For the main thread."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
 def run_ranks(num_ranks: int, arguments: Sequence[str], node: Node = Node()) -> int:
     """Run `python -m megatron_gspo ARGUMENTS` as `num_ranks` ranks on this machine, and wait for them.
 
@@ -95,8 +109,9 @@ def run_ranks(num_ranks: int, arguments: Sequence[str], node: Node = Node()) -> 
         for rank in ranks:
             rank.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, *STOP_SIGNALS):
         signal.signal(number, pass_on)
+    deliver_stop_signals()  # ranks that train were started while they are held, and hold them too
     try:
         return _wait(ranks, first)
     finally:

@@ -13,12 +13,12 @@ import threading
 import time
 
 from megatron_gspo import parallel
+from megatron_gspo.launch import STOP_SIGNALS, deliver_stop_signals
 
 #: A signal this soon after the first is the same request, sent to a launcher and its ranks alike and passed on by it.
 SAME_REQUEST_S = 1.0
 NOTICE = "stop requested"
 
-_ASKING = (signal.SIGTERM, signal.SIGUSR1)
 _requested = threading.Event()  # of the process, as its signals are
 
 
@@ -28,18 +28,22 @@ def is_stop_requested() -> bool:
 
 
 class StopRequest:
-    """Listens from when it is made. The signals are heard by a thread, so also while the process waits for other ranks."""
+    """Listens from when it is made, and to what came while signals were held (`launch.hold_stop_signals`).
+
+    They are heard by a thread, so also while the process waits for other ranks.
+    """
 
     def __init__(self) -> None:
         _requested.clear()
         self._heard_at: float | None = None
         self._listening, self._writing = socket.socketpair()
         self._writing.setblocking(False)
-        for number in _ASKING:
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)
         # Python writes the number of every signal here, from within the signal's handler in C.
         signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="stop request", daemon=True).start()
+        deliver_stop_signals()
 
     @property
     def requested(self) -> bool:
@@ -49,7 +53,7 @@ class StopRequest:
     def _listen(self) -> None:
         while True:
             for number in self._listening.recv(64):
-                if number in _ASKING:
+                if number in STOP_SIGNALS:
                     self._hear(number)
 
     def _hear(self, number: int) -> None:

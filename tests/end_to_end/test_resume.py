@@ -153,6 +153,20 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(recip
     assert f"train {directory}/recipe.yaml --output-dir {directory} --resume" in out
 
 
+def test_a_signal_to_a_run_that_still_imports_stops_it_after_its_first_step(recipe: Path, tmp_path: Path):
+    directory = tmp_path / "run"
+    process = start("train", recipe, "training.steps=1000", "--output-dir", directory)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 75, err
+    assert lines_of(directory)[-1]["step"] == 1
+    assert (directory / "checkpoints/step_1/manifest.json").is_file()
+
+
 def test_a_second_signal_ends_the_run_at_once(recipe: Path, tmp_path: Path):
     directory = tmp_path / "run"
     process = start("train", recipe, "training.steps=1000", "--output-dir", directory)

@@ -93,7 +93,7 @@ def be_preempted_requeued_and_stopped(cluster: Cluster, recipe: Path) -> Moved:
     wait_for(lambda: "asked to end" in moved.log(1), "the script to hear of it", NEVER_S)
     moved.hold_after(5)
     moved.start_again()
-    moved.wait_until_held(after=5)
+    moved.wait_while_it_lives(lambda: "going on from" in moved.log(2), "start after step 5")
     run("scancel", "--batch", "--signal=USR1", moved.job)
     moved.wait_until_it_says("asked to save and stop")
     moved.release()
