@@ -71,7 +71,8 @@ class ParallelSection(Section):
     `overlap_gradient_reduce`."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts. `allgather` brings all tokens to all ranks that share the experts: for few ranks
-    and many active experts, among ranks that hold parts of the same micro-batch."""
+    and many active experts, among ranks that hold parts of the same micro-batch. Where each rank has all experts whole,
+    nothing is sent and this has no effect."""
 
     @property
     def expert_tensor_size(self) -> int:

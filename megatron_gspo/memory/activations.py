@@ -95,9 +95,9 @@ class Activations:
         return norms + attention + (self._experts(selective=selective) if is_moe else self._mlp())
 
     def _norm(self, tokens: int, width: int, rows: int = 1) -> int:
-        """norm.py: CUDA's fused kernel keeps the input and 1/rms in float32. Without CUDA, PyTorch composes the norm and
-        keeps the input and the normalised input, both in float32."""
-        per_element = self.element_bytes if self.cuda else 2 * FLOAT32
+        """norm.py: the input and 1/rms in float32. In bfloat16 without CUDA, PyTorch composes the norm and keeps the input
+        and the normalised input, both in float32."""
+        per_element = self.element_bytes if self.cuda or self.element_bytes == FLOAT32 else 2 * FLOAT32
         return tokens * (width * per_element + rows * FLOAT32)
 
     def _attention(self, *, selective: bool) -> int:
@@ -111,7 +111,6 @@ class Activations:
         kept += joined * b if keeps_joined else 0
         if self.cuda or b == FLOAT32:
             kept -= key * b  # its view is counted in the joined output
-        kept += 4 * shapes.head * b  # rope_utils.py: cosine and sine, for queries and for keys
         kept += query * b  # linear_proj's input
         if selective:  # the checkpoint keeps queries, keys and values; values are a view
             return self.held_tokens * (kept + (query + key) * b)

@@ -1,6 +1,6 @@
 """Core attention for models without Transformer Engine: causal, over packed (`thd`) or padded (`sbhd`) input.
 
-In: queries, keys and values of this rank's heads, after the rotary embedding. Out: what each token attends to. Packed
+In: queries, keys and values of this rank's heads. Out: what each token attends to, by content and rotary position. Packed
 segments never see each other. Megatron's own DotProductAttention (0.16.1) takes no packed input and materialises the
 whole score matrix.
 
@@ -26,6 +26,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_gspo.model.context_attention import ContextChunks, attend_across_ranks
+from megatron_gspo.model.rotary import RotaryTable
+
+_FEW_TOKENS = 64
+"""Up to so many a segment, PyTorch's attention kernel for the CPU, made for blocks, costs more than plain products."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,16 @@ class PackedSegments(PackedSeqParams):
 
     batches: SegmentBatches | None = None
     chunks: ContextChunks | None = None  # where the segments are cut over context-parallel ranks
+    rotary: RotaryTable | None = None  # of the tokens held here; None where queries and keys come rotated
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, max_segment_tokens: int, chunks: ContextChunks | None = None) -> PackedSegments:
+    def of(
+        cls,
+        cu_seqlens: Tensor,
+        max_segment_tokens: int,
+        chunks: ContextChunks | None = None,
+        rotary: RotaryTable | None = None,
+    ) -> PackedSegments:
         """Segments [cu_seqlens[i], cu_seqlens[i + 1]) int32, none longer than `max_segment_tokens`.
 
         With `chunks`, bounds and lengths are the whole segments' all the same: so Megatron and Transformer Engine, which
@@ -75,6 +86,7 @@ class PackedSegments(PackedSeqParams):
             max_seqlen_kv=max_segment_tokens,
             batches=None if cu_seqlens.is_cuda or chunks is not None else SegmentBatches.of(cu_seqlens),
             chunks=chunks,
+            rotary=rotary,
         )
 
 
@@ -128,6 +140,8 @@ class CausalAttention(MegatronModule):
             assert self.config.context_parallel_size == 1, "context parallelism takes packed input"
             query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
             return self._attend(query, key, value).permute(2, 0, 1, 3).flatten(2)
+        if isinstance(packed_seq_params, PackedSegments) and packed_seq_params.rotary is not None:
+            query, key = packed_seq_params.rotary.rotate(query), packed_seq_params.rotary.rotate(key)
         if self.config.context_parallel_size > 1:
             assert isinstance(packed_seq_params, PackedSegments) and packed_seq_params.chunks is not None
             return attend_across_ranks(
@@ -154,6 +168,8 @@ class CausalAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """[B, A, L, D] each, with G heads in keys and values."""
+        if query.device.type == "cpu" and query.shape[2] <= _FEW_TOKENS:
+            return _attend_to_few(query, key, value, self.softmax_scale)
         return scaled_dot_product_attention(
             query,
             key,
@@ -173,3 +189,15 @@ class CausalAttention(MegatronModule):
             )
             attended.append(self._attend(q, k, v).transpose(1, 2).flatten(0, 1))
         return torch.cat(attended).index_select(0, batches.slots)
+
+
+def _attend_to_few(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """[B, A, L, D] as three operations on all scores; queries that share a key-value head are rows of one product."""
+    num_tokens, num_shared = query.shape[2], query.shape[1] // key.shape[1]
+    queries, keys, values = (
+        heads.reshape(key.shape[0] * key.shape[1], -1, key.shape[3]) for heads in (query, key, value)
+    )
+    mask = query.new_full((num_tokens, num_tokens), -torch.inf).triu(1).repeat(num_shared, 1)
+    scale = key.shape[3] ** -0.5 if scale is None else scale
+    scores = torch.baddbmm(mask.expand(len(keys), -1, -1), queries, keys.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(dim=-1), values).view(query.shape)

@@ -168,11 +168,17 @@ def _parallel_options(parallel: ParallelSection) -> dict[str, object]:
         "context_parallel_size": parallel.context,
         "pipeline_model_parallel_size": parallel.pipeline,
         "virtual_pipeline_model_parallel_size": num_chunks(parallel) if interleaved else None,
-        "moe_token_dispatcher_type": parallel.dispatcher,
+        "moe_token_dispatcher_type": parallel.dispatcher if _dispatches(parallel) else "allgather",
         # With two stages the next one is also the previous one: Megatron's batched sends would cross there.
         "overlap_p2p_comm": interleaved,
         "batch_p2p_comm": not interleaved,
     }
+
+
+def _dispatches(parallel: ParallelSection) -> bool:
+    """Whether tokens go to other ranks' experts. Where none do, Megatron's `allgather` gathers nothing, while its
+    `alltoall` cuts the tokens by expert and puts them together again, three more copies (token_dispatcher.py, 0.16.1)."""
+    return parallel.expert * parallel.expert_tensor_size > 1
 
 
 def check_layout(hf_config: HfConfig, model: ModelSection, parallel: ParallelSection) -> None:
@@ -234,6 +240,7 @@ def _build_chunk(
         rotary_base=hf_config.rope_parameters["rope_theta"],
         vp_stage=virtual_stage,
         log_probs_chunk_tokens=model.log_probs_chunk_tokens,
+        rotary_in_attention=not uses_transformer_engine(model),
     )
     return policy.to(device())
 

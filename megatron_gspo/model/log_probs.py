@@ -120,11 +120,11 @@ class _TokenLogProbs(torch.autograd.Function):
         rows = _rows_to_multiply(hidden, weight, shard)
         statistics = _Statistics.empty(hidden, rows)
         if shard.num_rows:
+            memory = _memory_of_logits(rows, min(chunk_tokens, len(targets)))
             for start in range(0, len(targets), chunk_tokens):
                 chunk = slice(start, min(start + chunk_tokens, len(targets)))
-                logits = _scaled_logits(hidden[chunk], rows, temperature)
+                logits = _scaled_logits(hidden[chunk], rows, temperature, memory)
                 statistics.set_chunk(chunk, logits, *shard.locate(targets[chunk]), with_entropy)
-                del logits  # or it would still be there while the next chunk's are made
         statistics.reduce(shard.group)
 
         log_normalizer = statistics.maximum + statistics.sum_exp.log()
@@ -153,10 +153,11 @@ class _TokenLogProbs(torch.autograd.Function):
         tokens = carries_gradient.nonzero().squeeze(1)
         if grad_weight is not None:  # the first chunk's product overwrites; rows that none reaches stay 0
             grad_weight[ctx.shard.num_rows if len(tokens) else 0 :].zero_()
+        memory = _memory_of_logits(rows, min(ctx.chunk_tokens, len(tokens)))
         for start in range(0, len(tokens) if ctx.shard.num_rows else 0, ctx.chunk_tokens):
             chunk = tokens[start : start + ctx.chunk_tokens]
             hidden_chunk = hidden[chunk]
-            grad_logits = _scaled_logits(hidden_chunk, rows, ctx.temperature)
+            grad_logits = _scaled_logits(hidden_chunk, rows, ctx.temperature, memory)
             target_rows, owned = ctx.shard.locate(targets[chunk])
             for part in _parts(grad_logits):
                 tokens_of_part = chunk[part]
@@ -178,7 +179,6 @@ class _TokenLogProbs(torch.autograd.Function):
             if grad_weight is not None:
                 products = grad_weight[: ctx.shard.num_rows]
                 _add_product(products, grad_logits.t(), hidden_chunk.to(rows.dtype), overwrite=start == 0)
-            del grad_logits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
 
 
@@ -270,13 +270,18 @@ def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _scaled_logits(hidden: Tensor, rows: Tensor, temperature: float) -> Tensor:
-    """Logits over temperature, [C, R] in float32 or wider."""
-    hidden = hidden.to(rows.dtype)
-    if rows.dtype == _logits_dtype(rows.dtype):
-        logits = hidden @ rows.t()
+def _memory_of_logits(rows: Tensor, num_tokens: int) -> Tensor:
+    """[num_tokens, R], for one chunk's logits after the other: new memory costs a CPU a page fault every 4 KiB."""
+    return rows.new_empty(num_tokens, len(rows), dtype=_logits_dtype(rows.dtype))
+
+
+def _scaled_logits(hidden: Tensor, rows: Tensor, temperature: float, memory: Tensor) -> Tensor:
+    """Logits over temperature, [C, R] in float32 or wider, written to the first C rows of `memory`."""
+    hidden, logits = hidden.to(rows.dtype), memory[: len(hidden)]
+    if rows.dtype == logits.dtype:
+        torch.mm(hidden, rows.t(), out=logits)
     else:
-        logits = torch.mm(hidden, rows.t(), out_dtype=torch.float32)
+        torch.mm(hidden, rows.t(), out_dtype=logits.dtype, out=logits)
     return logits if temperature == 1 else logits.div_(temperature)
 
 

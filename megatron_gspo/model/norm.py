@@ -1,14 +1,18 @@
 """RMSNorm for models without Transformer Engine.
 
 Megatron's own wrapper of PyTorch's norms (transformer/torch_norm.py, 0.16.1) refuses sequence parallelism, which MoE
-models need for training under tensor parallelism.
+models need for training under tensor parallelism. PyTorch's norm is one kernel on a GPU; on a CPU it is a chain of
+operations, each of which autograd differentiates by itself, so there both passes are written out below.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from megatron_gspo.platform import device
 
@@ -26,4 +30,37 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `x` [..., hidden_size]; shape and dtype stay."""
+        if x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype != torch.bfloat16:
+            return rms_norm_on_cpu(x, self.weight, self.eps)
         return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def rms_norm_on_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + ε) · weight over the last dimension, in few passes over memory.
+
+    Args:
+        x: [..., H] float32 or float64.
+        weight: [H], of the same dtype.
+    """
+    normalized: Tensor = _RMSNorm.apply(x, weight, eps)
+    return normalized
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1 / √(mean(x²) + ε): y = x r w, ∂x = r (g w) - x r³ mean(g w x), ∂w = Σ g x r over rows."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = (x * x).mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        size = x.shape[-1]
+        products = (gradient * x).reshape(-1, size)
+        grad_weight = scale.reshape(-1) @ products
+        shrinkage = (products @ weight).view_as(scale).mul_(scale.pow(3)).div_(-size)
+        return (gradient * weight).mul_(scale).addcmul_(x, shrinkage), grad_weight, None

@@ -26,6 +26,7 @@ from megatron_gspo.model.attention import PackedSegments
 from megatron_gspo.model.context_attention import ContextChunks
 from megatron_gspo.model.context_gather import tokens_of_all_ranks
 from megatron_gspo.model.log_probs import token_log_probs
+from megatron_gspo.model.rotary import RotaryInAttention, RotaryTable
 from megatron_gspo.types import MicroBatch
 
 
@@ -39,9 +40,16 @@ class TokenLogProbs(NamedTuple):
 class PolicyModel(GPTModel):
     """One chunk of the policy on this rank."""
 
-    def __init__(self, *, log_probs_chunk_tokens: int, **options: Any) -> None:
+    def __init__(self, *, log_probs_chunk_tokens: int, rotary_in_attention: bool, **options: Any) -> None:
         super().__init__(position_embedding_type="rope", parallel_output=True, **options)
         self.log_probs_chunk_tokens = log_probs_chunk_tokens
+        if rotary_in_attention:  # Transformer Engine's attention is given queries and keys that Megatron has rotated
+            self.rotary_pos_emb = RotaryInAttention(
+                self.config.kv_channels,
+                rotary_percent=1.0,
+                rotary_base=self.rotary_base,
+                cp_group=self.pg_collection.cp,
+            )
 
     def forward(
         self, micro_batch: MicroBatch, *, temperature: float = 1.0, with_entropy: bool = True
@@ -106,16 +114,21 @@ class PolicyModel(GPTModel):
         tensor, context = self.config.tensor_model_parallel_size, self._share.size
         assert num_tokens % pad_multiples(tensor, context)[1] == 0, "ranks hold equal parts"
         own = self._share.positions(micro_batch.segment_cu_seqlens, num_tokens)
+        position_ids = micro_batch.position_ids[own]
+        rotary = None
+        if isinstance(self.rotary_pos_emb, RotaryInAttention):
+            rotary = RotaryTable.of(position_ids, self.rotary_pos_emb.inv_freq, self.config.params_dtype)
         # Megatron (rope_utils.py) takes one table of S positions for a table of all segments' own positions, end to end.
         assert num_segments == 1 or micro_batch.max_segment_tokens < num_tokens, "max_segment_tokens must be exact"
         return super().forward(
             input_ids=micro_batch.token_ids[own].unsqueeze(0),
-            position_ids=micro_batch.position_ids[own].unsqueeze(0),
+            position_ids=position_ids.unsqueeze(0),
             attention_mask=None,
             packed_seq_params=PackedSegments.of(
                 micro_batch.segment_cu_seqlens,
                 micro_batch.max_segment_tokens,
                 None if self._share.size == 1 else ContextChunks.of(micro_batch, self._share),
+                rotary,
             ),
         )
 

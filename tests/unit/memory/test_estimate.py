@@ -60,7 +60,7 @@ def test_activations_of_a_layer_on_a_gpu() -> None:
     query, key, hidden = 4096, 512, 2048
     norms_and_their_outputs = 2 * (2 * hidden + 4) + 2 * (2 * hidden)
     queries_and_keys = 2 * (query + (query + 2 * key)) + 4 * (32 + 4)  # a copy of the queries; joined; 1/rms a head
-    rotary = 2 * (query + key) + 4 * 2 * 128  # turned queries and keys; cosine and sine, twice
+    rotary = 2 * (query + key)  # turned queries and keys
     attended = 2 * query + 4 * 32
     routes = 8 * (8 + 8 + 4) + 128 * (1 + 4)
     experts = 8 * (2 * hidden + 2 * 5 * 768 + 4)

@@ -11,3 +11,9 @@ PROBE = tuple(range(40, 72))  # token ids whose log-probs both systems report be
 def score(text: str) -> float:
     """A reward that random weights earn in part: the share of characters with an odd code."""
     return sum(ord(character) % 2 for character in text) / max(1, len(text))
+
+
+def reward(prompt: object, response_text: str, finished: bool) -> float:
+    """`score` as this project asks for it. Here, because the process that scores imports this module and little else."""
+    del prompt, finished
+    return score(response_text)

@@ -15,17 +15,11 @@ from megatron_gspo.training.assembly import assemble
 from megatron_gspo.training.forward import token_log_probs
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import Run, learn
-from megatron_gspo.types import Prompt, Sample
+from megatron_gspo.types import Sample
 from tools.bench import steps
 from tools.bench.steps.turns import Told
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes/tiny_gspo.yaml"
-
-
-def reward(prompt: Prompt, response_text: str, finished: bool) -> float:
-    """As TRL's side scores."""
-    del prompt, finished
-    return steps.score(response_text)
 
 
 def main(checkpoint: str) -> None:
@@ -40,7 +34,7 @@ def main(checkpoint: str) -> None:
             f"model.path={checkpoint}",
             f"data.train={problems}",
             "data.eval=null",
-            "reward.name=tools.bench.steps.ours:reward",
+            "reward.name=tools.bench.steps:reward",
             "routing.measure=false",
             f"rollout.responses_per_prompt={steps.RESPONSES_PER_PROMPT}",
             f"rollout.max_response_tokens={steps.MAX_RESPONSE_TOKENS}",
