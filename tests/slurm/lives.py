@@ -119,6 +119,7 @@ def fail_twice(cluster: Cluster, recipe: Path) -> Submitted:
         PATH=f"{directory}:{os.environ['PATH']}",
         REAL_SCONTROL=run("which", "scontrol").strip(),
     )
+    failing.wait_until_it_says("tried once more")  # before that it is pending too
     failing.start_again()
     failing.wait_for_end("FAILED")
     return failing
