@@ -196,6 +196,7 @@ def _train(parsed: argparse.Namespace, given: list[str]) -> int:
 
 def _serve(parsed: argparse.Namespace, given: list[str]) -> int:
     del given
+    launch.hold_stop_signals()  # for good, and before imports start threads: servers end after the ranks
     recipe = _load(parsed)
     from megatron_gspo.platform import device
     from megatron_gspo.rollout.serve import serve

@@ -71,7 +71,10 @@ def node_of_this_process(environment: Mapping[str, str] = os.environ) -> Node | 
 
 
 def hold_stop_signals() -> None:
-    """Have `STOP_SIGNALS` wait until somebody listens: imports and models take long, and would be ended by them."""
+    """Have `STOP_SIGNALS` wait until somebody listens: imports and models take long, and would be ended by them.
+
+    For a process of one thread. Threads to come inherit it, those that are there would still be ended, and all with them.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 

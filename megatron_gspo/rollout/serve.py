@@ -38,6 +38,9 @@ _SHARE = re.compile(r"servers_(\d+)_of_(\d+)\.json")
 def serve(recipe: Recipe, directory: Path, log_dir: Path, node: Node, *, on_cpu: bool) -> None:
     """Run this machine's servers until `directory / KEY_NAME` is gone, or on SIGINT.
 
+    SLURM sends what asks a run to stop to all processes of a job, and this one is to outlive that: `launch.hold_stop_signals`
+    is to be called before the process has threads.
+
     Args:
         recipe: what to serve, and how; its `rollout.sglang.host` where that is not loopback.
         directory: holds the key; shared by the job's machines.
@@ -61,8 +64,6 @@ def serve(recipe: Recipe, directory: Path, log_dir: Path, node: Node, *, on_cpu:
     logs = log_dir / f"machine_{node.index}"
     logs.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes begin without
-    # SLURM sends these to all processes of a job; this one is to outlive them.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     servers = SglangServers(section, model_to_serve(recipe, on_cpu=on_cpu), logs, key_file=directory / KEY_NAME)
     threading.Thread(target=_interrupt_without_key, args=(directory,), name="end of the job", daemon=True).start()
     try:

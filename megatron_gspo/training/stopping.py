@@ -16,7 +16,7 @@ from megatron_gspo import parallel
 from megatron_gspo.launch import STOP_SIGNALS, deliver_stop_signals
 
 #: A signal this soon after the first is the same request, sent to a launcher and its ranks alike and passed on by it.
-SAME_REQUEST_S = 1.0
+SAME_REQUEST_S = 5.0
 NOTICE = "stop requested"
 
 _requested = threading.Event()  # of the process, as its signals are

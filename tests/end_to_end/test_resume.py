@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from megatron_gspo.training.checkpoint_store import damaged_files
+from megatron_gspo.training.stopping import SAME_REQUEST_S
 from tests.end_to_end.program import Program
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
@@ -174,7 +175,7 @@ def test_a_second_signal_ends_the_run_at_once(recipe: Path, tmp_path: Path):
     first, second = ranks_of(process)
     os.kill(second, signal.SIGSTOP)  # now the first waits for it for ever
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
+    time.sleep(SAME_REQUEST_S + 0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)

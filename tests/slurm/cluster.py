@@ -5,6 +5,7 @@ directory; nothing in /etc is touched but /etc/netns, where a network namespace 
 processes end with the one that brought it up, whatever ends that.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -219,6 +220,17 @@ def remove_network(name: str) -> None:
     run("ip", "netns", "del", name, check=False)
     run("ip", "link", "del", f"veth-{name}", check=False)
     shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
+
+
+def kill_ranks(job: str) -> None:
+    """Kill a job's ranks, which wait for one that is gone: what SLURM does by itself, after `KillWait`."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            variables = environment.read_bytes().split(b"\0")
+            if f"SLURM_JOB_ID={job}".encode() in variables and any(
+                name.startswith(b"LOCAL_RANK=") for name in variables
+            ):
+                os.kill(int(environment.parent.name), signal.SIGKILL)
 
 
 def wait_for(condition, what: str, timeout_s: float = BRING_UP_S, every_s: float = 0.1) -> None:

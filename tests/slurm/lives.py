@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.slurm.cluster import Cluster, job_details, run, wait_for
+from tests.slurm.cluster import Cluster, job_details, kill_ranks, run, wait_for
 from tests.slurm.held_reward import VARIABLE
 from tests.slurm.submitted import NEVER_S, OVER, Submitted, hold_after, hold_of, program, submit
 
@@ -41,6 +41,8 @@ def reach_the_time_limit_and_lose_a_node(cluster: Cluster, recipe: Path) -> Limi
     limited.wait_until_held(after=5)
     status = program("status", limited.job).stdout
     cluster.kill_node("node4")
+    limited.wait_until_it_says("asked to end")
+    kill_ranks(limited.job)
     limited.wait_for_requeue()
     cluster.start_node("node4")
     limited.release()
@@ -117,6 +119,7 @@ def fail_twice(cluster: Cluster, recipe: Path) -> Submitted:
         PATH=f"{directory}:{os.environ['PATH']}",
         REAL_SCONTROL=run("which", "scontrol").strip(),
     )
+    failing.wait_until_it_says("tried once more")  # before that it is pending too
     failing.start_again()
     failing.wait_for_end("FAILED")
     return failing
