@@ -16,12 +16,13 @@ from megatron_gspo.training.optimizer import build_trainable_policy
 from tests.tiny_model import tiny_recipe, write_tiny_model
 
 
-def optimizer_tensors(sharded: dict[str, Any]) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    return {
-        value.key: value
+def optimizer_tensors(sharded: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory]:
+    """In the order of the parameters; parameters of different layers or experts share a key."""
+    return [
+        value
         for value in nested_values(sharded["optimizer"])
         if isinstance(value, ShardedTensor | ShardedTensorFactory)
-    }
+    ]
 
 
 @pytest.mark.usefixtures("_one_rank")
@@ -37,9 +38,11 @@ def test_states_of_a_rank_alone_are_megatrons_own_without_a_copy(tmp_path: Path,
         state["exp_avg_sq"].uniform_()
     monkeypatch.setattr(checkpoint, "without_gathering", lambda optimizers: nullcontext())
     gathered = optimizer_tensors(checkpoint.sharded_state(policy, is_loading=False))
-    assert as_they_are.keys() == gathered.keys() and len(gathered) > 30
-    for key, tensor in gathered.items():
-        assert torch.equal(as_they_are[key].data, tensor.data), key  # live: they show the moments drawn after the call
-        assert tensor.replica_id == as_they_are[key].replica_id
+    assert len(as_they_are) == len(gathered) == 3 * len(states)
+    for ours, megatrons in zip(as_they_are, gathered, strict=True):
+        assert ours.key == megatrons.key
+        # Live: they show the moments drawn after the call.
+        assert torch.equal(ours.data, megatrons.data), ours.key
+        assert ours.replica_id == megatrons.replica_id
     live = {moment.data_ptr() for state in states for moment in (state["exp_avg"], state["exp_avg_sq"])}
-    assert live <= {tensor.data.data_ptr() for tensor in as_they_are.values()}
+    assert live <= {tensor.data.data_ptr() for tensor in as_they_are}
