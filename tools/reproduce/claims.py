@@ -24,6 +24,8 @@ from tools.reproduce.routing_rules import (
     clips_more,
     clips_more_whatever_the_range,
     more_change_in_deeper_models,
+    more_change_where_fewer_are_activated,
+    routing_hardly_moves_longer_sequences,
     routing_hardly_moves_sequences,
     routing_moves_token_ratios,
     ten_percent_change,
@@ -184,6 +186,15 @@ CLAIMS = (
         more_change_in_deeper_models,
     ),
     Claim(
+        "4c",
+        "More change in sparser models (2 of 64 experts against 2 of 16)",
+        "where effects begin",
+        "mean change rate after the first update of a step, 64 experts over 16, equal seeds. reproduced: the interval lies "
+        "above 1; not reproduced: below; else not testable. At least four replicates",
+        ("common", "sparse"),
+        more_change_where_fewer_are_activated,
+    ),
+    Claim(
         "5a",
         "Routing change makes token ratios fluctuate",
         "§5.3",
@@ -200,6 +211,14 @@ CLAIMS = (
         "1. reproduced: the interval lies below 0.5; not reproduced: above; else not testable",
         ("common",),
         routing_hardly_moves_sequences,
+    ),
+    Claim(
+        "5c",
+        "and hardly moves those of responses nearly twice as long (chains of 8 operations)",
+        "where effects begin",
+        "as 5b. At least four replicates",
+        ("long",),
+        routing_hardly_moves_longer_sequences,
     ),
     Claim(
         "6a",

@@ -1,6 +1,6 @@
 """Writes the study's models: configuration and tokenizer, without weights, beside each other.
 
-In: the shipped tiny model's directory. Out: one directory a model, like it but for depth, or dense.
+In: the shipped tiny model's directory. Out: one directory a model, like it but for depth, for the number of its experts, or dense.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def write_model(model: Model, directory: Path) -> None:
 
 def model_config(model: Model, shipped: dict[str, Any]) -> dict[str, Any]:
     """The model's `config.json`. The dense one's network is as wide as all experts of a layer together."""
-    config = shipped | {"num_hidden_layers": model.layers}
+    config = shipped | {"num_hidden_layers": model.layers, "num_local_experts": model.experts}
     if not model.dense:
         return config
     width = shipped["moe_intermediate_size"] * shipped["num_local_experts"]

@@ -142,7 +142,8 @@ def _wave_of(experiment: Experiment, index: int) -> int:
 
 def _cold_start_task(model: str, seed: int, output: Path) -> Task:
     directory = output / "cold_starts" / f"{model}_{seed}"
-    arguments = ("warmstart", RECIPE, f"model.path={output / 'models' / model}", f"seed={seed}")
+    settings = {**MODELS[model].task, "model.path": output / "models" / model, "seed": seed}
+    arguments = ("warmstart", RECIPE, *(f"{field}={value}" for field, value in settings.items()))
     cost = COLD_START_CPU_S * MODELS[model].cost
     return Task(f"cold_starts/{model}_{seed}", directory, (*arguments, "--output-dir", str(directory)), cost)
 
@@ -151,6 +152,7 @@ def _run_task(spec: RunSpec, cold_start: Path, output: Path) -> Task:
     directory = output / "runs" / spec.name
     settings = {
         **BASE,
+        **MODELS[spec.model].task,
         **ARMS[spec.arm].overrides,
         **dict(spec.overrides),
         "training.learning_rate": f"{spec.rate:g}",

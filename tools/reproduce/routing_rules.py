@@ -138,8 +138,26 @@ def more_change_in_deeper_models(results: Results) -> Answer:
     )
 
 
-def _shares(results: Results) -> tuple[dict[str, list[float]], str | None]:
-    runs = results.of("common", "grpo")
+def more_change_where_fewer_are_activated(results: Results) -> Answer:
+    """Claim 4's trend in sparsity: 2 of 64 experts beside 2 of 16."""
+    pairs = paired(results.of("sparse", "grpo"), results.of("common", "grpo"), lambda run: run.mean(AFTER_ONE))
+    if len(pairs) < MIN_DEPTH_REPLICATES:
+        return Answer(Verdict.OPEN, f"fewer than {MIN_DEPTH_REPLICATES} replicates have run")
+    sparse, common = zip(*pairs.values(), strict=True)
+    ratio = ratio_of_means(sparse, common)
+    if ratio is None:
+        return Answer(Verdict.NOT_TESTABLE, "no expert changed")
+    verdict = Verdict.NOT_TESTABLE
+    if ratio.surely_above(1.0):
+        verdict = Verdict.REPRODUCED
+    elif ratio.surely_below(1.0):
+        verdict = Verdict.NOT_REPRODUCED
+    told = f"2 of 64 experts: {np.mean(sparse):.2%}, 2 of 16: {np.mean(common):.2%}; {shown(ratio)} times"
+    return Answer(verdict, told, {"change rate, 2 of 64 experts over 2 of 16": ratio})
+
+
+def _shares(results: Results, experiment: str) -> tuple[dict[str, list[float]], list[Replicate]]:
+    runs = results.of(experiment, "grpo")
     names = {
         "token": "ratio/token_routing_variance_share",
         "sequence": "ratio/sequence_routing_variance_share",
@@ -149,13 +167,13 @@ def _shares(results: Results) -> tuple[dict[str, list[float]], str | None]:
         "sequence_std": "ratio/sequence_natural_log_std",
         "length": "response/length_mean",
     }
-    return {key: [run.mean(name) for run in runs.values()] for key, name in names.items()}, too_few(list(runs))
+    return {key: [run.mean(name) for run in runs.values()] for key, name in names.items()}, list(runs)
 
 
 def routing_moves_token_ratios(results: Results) -> Answer:
     """Claim 5, tokens."""
-    values, problem = _shares(results)
-    if problem is not None:
+    values, replicates = _shares(results, "common")
+    if (problem := too_few(replicates)) is not None:
         return Answer(Verdict.OPEN, problem)
     share = mean_of(values["token"])
     wider = ratio_of_means(values["changed"], values["unchanged"])
@@ -174,9 +192,21 @@ def routing_moves_token_ratios(results: Results) -> Answer:
 
 def routing_hardly_moves_sequences(results: Results) -> Answer:
     """Claim 5, sequences: beyond what averaging independent tokens does, which leaves the share as it is."""
-    values, problem = _shares(results)
-    if problem is not None:
+    values, replicates = _shares(results, "common")
+    if (problem := too_few(replicates)) is not None:
         return Answer(Verdict.OPEN, problem)
+    return _moves_sequences(values)
+
+
+def routing_hardly_moves_longer_sequences(results: Results) -> Answer:
+    """The same where responses are nearly twice as long."""
+    values, replicates = _shares(results, "long")
+    if len(replicates) < MIN_DEPTH_REPLICATES:
+        return Answer(Verdict.OPEN, f"fewer than {MIN_DEPTH_REPLICATES} replicates have run")
+    return _moves_sequences(values)
+
+
+def _moves_sequences(values: dict[str, list[float]]) -> Answer:
     ratio = ratio_of_means(values["sequence"], values["token"])
     if ratio is None:
         return Answer(Verdict.NOT_TESTABLE, "routing moved no token's ratio")

@@ -2,7 +2,8 @@
 
 Changed after the first runs: R3 is compared with a bfloat16 engine, because with a float32 one its first two runs had been
 R2's bit for bit; after one replicate had run, a difference that lies between 0 and the margin counts as none; and after two
-replicates of three depths, depth asks for four.
+replicates of three depths, depth asks for four. When all of that had run, sparser experts and longer responses were added,
+4c and 5c, their rules first.
 
 A run is a model, a cold start of it, an arm, a learning rate and a seed. Runs of one seed and cold start see the same
 prompts in every arm, so arms are compared in pairs. A replicate is a (seed, cold start); both are what chance decides.
@@ -61,11 +62,24 @@ class Model:
     name: str
     layers: int
     dense: bool = False  # one feed-forward network, as many parameters as the 16 experts have together
+    experts: int = 16
+    task: Mapping[str, object] = field(
+        default_factory=dict
+    )  # what its cold start and its runs learn, where that differs
+    more_cost: float = 1.0  # CPU time of a run, relative to one without `experts` and `task`
 
     @property
     def cost(self) -> float:
         """CPU time of a run, relative to the shipped model of 8 layers; measured."""
-        return 0.2 + 0.1 * self.layers * (0.6 if self.dense else 1.0)
+        return (0.2 + 0.1 * self.layers * (0.6 if self.dense else 1.0)) * self.more_cost
+
+
+#: Twice as many operations, and responses of nearly twice as many tokens.
+LONG_TASK: Mapping[str, object] = {
+    "data.arithmetic_chain.min_operations": 8,
+    "data.arithmetic_chain.max_operations": 8,
+    "rollout.max_response_tokens": 40,
+}
 
 
 MODELS = {
@@ -76,6 +90,8 @@ MODELS = {
         Model("moe_8", 8),
         Model("moe_16", 16),
         Model("dense_8", 8, dense=True),
+        Model("moe_8_sparse", 8, experts=64, more_cost=1.5),
+        Model("moe_8_long", 8, task=LONG_TASK, more_cost=1.7),
     )
 }
 
@@ -146,6 +162,8 @@ def _tuning() -> tuple[Replicate, ...]:
     return tuple(zip(TUNING_SEEDS, COLD_STARTS, strict=True))
 
 
+_FOUR: tuple[Replicate, ...] = ((1, 1), (2, 2), (3, 1), (4, 2))
+
 #: Four times as many updates from the same responses: the last of them are as far from the old policy as the paper's.
 OFF_POLICY = {"training.mini_batches": 16, "training.warmup_updates": 64}
 
@@ -166,7 +184,7 @@ FULL = (
         "Depth",
         ("4",),
         ("grpo",),
-        ((1, 1), (2, 2), (3, 1), (4, 2)),
+        _FOUR,
         models=("moe_2", "moe_4", "moe_16"),
         waves=(0, 2, 0, 0, 2),
     ),
@@ -205,6 +223,12 @@ FULL = (
         models=("dense_8",),
         learning_rates=LEARNING_RATES,
         waves=(0, 0, 0, 0, 2),
+    ),
+    Experiment(
+        "sparse", "2 of 64 experts", ("4",), ("grpo",), _FOUR, models=("moe_8_sparse",), waves=(0, 0, 0, 0, 0, 4)
+    ),
+    Experiment(
+        "long", "Chains of 8 operations", ("5",), ("grpo",), _FOUR, models=("moe_8_long",), waves=(0, 0, 0, 0, 0, 4)
     ),
 )
 
