@@ -164,8 +164,26 @@ def test_the_share_that_averaging_leaves_is_the_measure_of_hardly(
     assert CLAIM["5a"].answer(results).verdict == tokens_fluctuate
     answer = CLAIM["5b"].answer(results)
     assert answer.verdict == sequences_hardly_move
-    assert "5.000" in answer.sentence or "5 [" in answer.sentence
+    assert "5.00 [5.00, 5.00] times narrower" in answer.sentence
     assert "3.74" in answer.sentence  # √14
+    assert CLAIM["5c"].answer(results).verdict == sequences_hardly_move
+    some = study(lambda spec: make(spec) if spec.model != "moe_8_long" or spec.seed < 4 else None)
+    assert CLAIM["5c"].answer(some).verdict == Verdict.OPEN
+
+
+@pytest.mark.parametrize(
+    ("times", "verdict"),
+    [(1.5, Verdict.REPRODUCED), (1.0, Verdict.NOT_TESTABLE), (0.7, Verdict.NOT_REPRODUCED)],
+)
+def test_sparser_experts_are_compared_in_pairs(study: Study, times: float, verdict: Verdict) -> None:
+    def make(spec: RunSpec) -> dict:
+        luck = 1 + 0.3 * (-1) ** spec.seed
+        noise = 1 + 0.02 * spec.cold_start * (-1) ** spec.seed
+        return {"routing/change_rate_after_update_1": 0.01 * luck * (times * noise if "sparse" in spec.model else 1)}
+
+    answer = CLAIM["4c"].answer(study(make))
+    assert answer.verdict == verdict
+    assert f"{times:.2g}" in answer.sentence
 
 
 def test_what_the_engine_costs_grpo_beyond_what_it_costs_gspo(study: Study) -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_gspo.config import load_recipe
 from tools.reproduce.models import SHIPPED, model_config
 from tools.reproduce.plan import make_plan, specs_of
-from tools.reproduce.study import COMMON_RATE, CORE, FULL, MODELS, QUICK
+from tools.reproduce.study import COMMON_RATE, CORE, FULL, LONG_TASK, MODELS, QUICK
 
 OUTPUT = Path("/study")
 
@@ -109,6 +109,15 @@ def test_models_differ_from_the_shipped_one_in_what_they_are_named_for(name: str
         assert 3 * config["hidden_size"] * config["intermediate_size"] == experts
         assert not [field for field in config if "expert" in field or "moe" in field]
     else:
-        assert {key: config[key] for key in config if key != "num_hidden_layers"} == {
-            key: shipped[key] for key in shipped if key != "num_hidden_layers"
+        assert config == shipped | {
+            "num_hidden_layers": MODELS[name].layers,
+            "num_local_experts": MODELS[name].experts,
         }
+
+
+def test_a_models_task_is_that_of_its_cold_start_and_of_its_runs():
+    task = {f"{field}={value}" for field, value in LONG_TASK.items()}
+    found = [one for one in plan().tasks if "moe_8_long" in one.name]
+    assert len(found) == 2 + 4
+    assert all(task <= set(one.arguments) for one in found)
+    assert not any(task & set(one.arguments) for one in plan().tasks if "moe_8_long" not in one.name)

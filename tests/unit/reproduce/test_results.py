@@ -69,7 +69,7 @@ def test_only_what_the_claims_need_is_run() -> None:
         return [experiment.name for experiment in chosen(FULL, only)]
 
     assert names("6") == ["engine"]
-    assert names("4, 2") == ["common", "depth", "clip"]
+    assert names("4, 2") == ["common", "depth", "clip", "sparse"]
     assert all(isinstance(experiment, Experiment) for experiment in chosen(QUICK, None))
 
 
