@@ -18,7 +18,9 @@ stage() {
 
 stage "format" ruff format --check --quiet .
 stage "lint" ruff check --quiet .
-stage "types" mypy
+types_said=$(mktemp)
+stage "types" mypy >"$types_said" 2>&1 & # beside what follows, which waits a good deal
+types=$!
 # The tests of rollouts and of SLURM talk to SGLang, and fail where it is not installed.
 if [ -z "${MEGATRON_GSPO_SGLANG_PYTHON:-}" ] && { [ $# -eq 0 ] || [[ "$*" == *tests/rollout* || "$*" == *tests/slurm* ]]; }; then
   stage "SGLang" bash tools/install_sglang_cpu.sh
@@ -31,6 +33,10 @@ if [ $# -eq 0 ]; then
   # Those first that take longest.
   set -- tests/rollout tests/distributed tests/end_to_end tests/unit
 fi
-# A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given.
-stage "tests" python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=8 "$@"
+wait "$types" || { cat "$types_said"; exit 1; }
+cat "$types_said"
+rm "$types_said"
+# A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given. There are three,
+# since servers and ranks keep theirs waiting.
+stage "tests" python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations=8 "$@"
 python -m tests.slurm.cluster

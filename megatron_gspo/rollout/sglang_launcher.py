@@ -173,7 +173,8 @@ def main(arguments: Sequence[str]) -> None:
     from sglang.srt.utils import kill_process_tree
 
     load_plugins()
-    server_args = prepare_server_args([*arguments[1:], "--api-key", key])
+    # One word: a random key may begin with a dash, as options do.
+    server_args = prepare_server_args([*arguments[1:], f"--api-key={key}"])
     try:
         run_server(server_args)
     finally:

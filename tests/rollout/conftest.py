@@ -10,10 +10,18 @@ import pytest
 from megatron_gspo.config import Recipe
 from megatron_gspo.rollout import sglang_server
 from megatron_gspo.rollout.sglang import ServerHost
+from megatron_gspo.rollout.sglang_server import write_key
 from tests.rollout.real_server import load, with_sglang, write_model_and_recipe
 
 #: How often servers are asked for a sign of life here: a test that has one hang need not wait long until it is missed.
 LOOK_EVERY_S = 1.0
+
+
+def write_key_like_an_option(directory: Path) -> Path:
+    """One random key in 64 begins like this."""
+    file = write_key(directory)
+    file.write_text(f"-{file.read_text()}")
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +41,7 @@ def _hosts(request: pytest.FixtureRequest, recipe: Recipe) -> Iterator[dict[str,
     if any("bfloat16_host" in item.fixturenames for item in request.session.items if isinstance(item, pytest.Function)):
         wanted["bfloat16_host"] = with_sglang(recipe, dtype="bfloat16", num_servers=1)
     sglang_server.LOOK_EVERY_S = LOOK_EVERY_S
+    sglang_server.write_key = write_key_like_an_option
     with ThreadPoolExecutor() as threads:
         started = {name: threads.submit(ServerHost, asked, on_cpu=True) for name, asked in wanted.items()}
         yield started
