@@ -90,8 +90,8 @@ MODELS = {
         Model("moe_8", 8),
         Model("moe_16", 16),
         Model("dense_8", 8, dense=True),
-        Model("moe_8_sparse", 8, experts=64, more_cost=1.5),
-        Model("moe_8_long", 8, task=LONG_TASK, more_cost=1.7),
+        Model("moe_8_sparse", 8, experts=64, more_cost=1.05),
+        Model("moe_8_long", 8, task=LONG_TASK, more_cost=1.2),
     )
 }
 
