@@ -36,6 +36,7 @@ def main(checkpoint: str) -> None:
             "data.eval=null",
             "reward.name=tools.bench.steps:reward",
             "routing.measure=false",
+            "training.skip_zero_advantages=false",  # TRL forwards them
             f"rollout.responses_per_prompt={steps.RESPONSES_PER_PROMPT}",
             f"rollout.max_response_tokens={steps.MAX_RESPONSE_TOKENS}",
             f"training.prompts_per_step={steps.PROMPTS}",
