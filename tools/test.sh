@@ -36,7 +36,7 @@ fi
 wait "$types" || { cat "$types_said"; exit 1; }
 cat "$types_said"
 rm "$types_said"
-# A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given. Three would be
-# a tenth faster on 2 cores, and would have servers and signals wait long.
+# A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given. A third
+# on 2 cores was no faster.
 stage "tests" python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=8 "$@"
 python -m tests.slurm.cluster
