@@ -27,7 +27,6 @@ GRACE_S = 2.0
 #: end is to be told first.
 HOLD_S = 0.3
 
-
 #: What schedulers ask a run with to save and stop.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
