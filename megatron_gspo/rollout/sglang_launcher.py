@@ -11,27 +11,33 @@ Out: a server. It is started as a script by path, so it imports nothing of megat
 - does not end before it: SIGTERM and SIGUSR1 are the trainer's, which finishes a step and saves, and needs its servers;
 - runs on a machine without CUDA (SGLANG_USE_CPU_ENGINE=1), for which SGLang 0.5.21's packages need three adaptations,
   each described where it is made. They stand at module level: whatever SGLang starts by multiprocessing's "spawn" imports
-  this file again. The scheduler and detokenizer are forked there instead, so that they need not import SGLang anew.
+  this file again. The scheduler and detokenizer are forked there instead, so that they need not import SGLang anew, and
+  what a start imports is kept to what it needs.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import logging
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what asks a trainer to save and stop
+ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+MODELS = {"qwen3", "qwen3_moe"}  # modules of sglang.srt.models
 
 
 def declare_torchvision_operators() -> None:
@@ -124,6 +130,30 @@ def fork_processes() -> None:
     multiprocessing.set_start_method = lambda *_, **__: None
 
 
+@contextlib.contextmanager
+def nothing_compiled() -> Iterator[None]:
+    """A block of imports in which `torch.compile` gives a function back as it is, and garbage is not collected.
+
+    `srt/layers/` decorates kernels of a GPU with it, which imports torch's compilers. What was imported stays to the end.
+    """
+    import torch
+
+    compiler = torch.compile
+    torch.compile = lambda function=None, **_: function if function is not None else lambda undecorated: undecorated
+    gc.disable()
+    yield
+    torch.compile = compiler
+    gc.freeze()
+    gc.enable()
+
+
+def leave_out_other_models() -> None:
+    """Have `srt/models/registry.py` import the models that a trainer here can have, and not all of SGLang's 240."""
+    package = importlib.import_module("sglang.srt.models")
+    others = {module.name for module in pkgutil.iter_modules(package.__path__)} - MODELS
+    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(others))
+
+
 def leave_stopping_to_trainer() -> None:
     """Block SIGTERM and SIGUSR1, here and in all that is started from here: SLURM sends them to every process of a job.
 
@@ -167,10 +197,15 @@ def main(arguments: Sequence[str]) -> None:
     key = Path(arguments[0]).read_text().strip()
     keep_out_of_log(key)
 
-    from sglang.launch_server import run_server
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import prepare_server_args
-    from sglang.srt.utils import kill_process_tree
+    with nothing_compiled() if ON_CPU else contextlib.nullcontext():
+        from sglang.launch_server import run_server
+        from sglang.srt.plugins import load_plugins
+        from sglang.srt.server_args import prepare_server_args
+        from sglang.srt.utils import kill_process_tree
+
+        if ON_CPU:
+            importlib.import_module("sglang.srt.entrypoints.http_server")  # `run_server` would, once all are compiled
+            leave_out_other_models()
 
     load_plugins()
     # One word: a random key may begin with a dash, as options do.
@@ -186,10 +221,10 @@ if __name__ == "__main__":
     leave_stopping_to_trainer()
     end_with_trainer()
 
-if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+if ON_CPU:
     adapt_to_cpu()
 
 if __name__ == "__main__":
-    if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
+    if ON_CPU:
         fork_processes()
     main(sys.argv[1:])

@@ -1,11 +1,13 @@
 """The same responses teach the same policy in every parallel layout: every metric of a step, and the weights after it.
 
-Both objectives, every replay mode, with and without recompute; fp32 on gloo, one step of two updates. Sums in another
-order move a gradient by a few units in its last place: measured, by at most 1.3e-6 of the parameter's largest. Adam
+Both objectives, every replay mode, with and without recompute: of those twelve arms every layout on several ranks is tried
+with six, in which each pair of switches meets, and its neighbour with the others; with all where $EVERY_ARM is set. fp32 on
+gloo, one step of two updates. Sums in another order move a gradient by a few units in its last place: measured, by at most 1.3e-6 of the parameter's largest. Adam
 divides it by its own size, so epsilon is raised to keep noise around zero from becoming a step: weights differ by at most
 3.6e-6 after updates of up to 0.01. Metrics differ by at most 3.4e-5 of themselves or, where terms cancel, by 8e-7.
 """
 
+import os
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -37,10 +39,19 @@ ARMS = {
     ]
     for objective, replay, recompute in product(OBJECTIVES, REPLAY, RECOMPUTE)
 }
+# Two halves: by whether an odd number of an arm's switches stand at their second place.
+HALVES = [
+    {
+        arm: ARMS[arm]
+        for arm, places in zip(ARMS, product(range(2), range(3), range(2)), strict=True)
+        if sum(places) % 2 == odd
+    }
+    for odd in range(2)
+]
 # Records, replays and compares.
 RICHEST = "grpo, replay r2, recompute none"
 
-# By number of ranks; each with every arm.
+# By number of ranks.
 LAYOUTS = {
     1: {ONE_RANK: [], FOUR_LAYERS: []},
     2: {
@@ -58,6 +69,7 @@ LAYOUTS = {
         "tensor 2, pipeline 2": ["parallel.tensor=2", "parallel.pipeline=2"],
     },
 }
+BY_TURNS = [layout for num_ranks in (2, 4) for layout in LAYOUTS[num_ranks]]
 # By number of ranks; the same and more in them, each with the richest arm. A layout's options overrule the arm's.
 VARIANTS = {
     2: {
@@ -106,12 +118,18 @@ HALF_EQUAL = {
 LAYOUT_DEPENDENT = {"packing/fill_fraction", "packing/rank_token_imbalance"}
 
 
+def arms_of(layout: str) -> dict[str, list[str]]:
+    """The arms that a layout is tried with."""
+    if layout in LAYOUTS[1] or (layout in BY_TURNS and os.environ.get("EVERY_ARM")):
+        return ARMS
+    return HALVES[BY_TURNS.index(layout) % 2] if layout in BY_TURNS else {RICHEST: ARMS[RICHEST]}
+
+
 def compared() -> Iterator[tuple[str, str]]:
     """Every layout with each of its arms."""
-    for layouts in LAYOUTS.values():
-        yield from product(layouts, ARMS)
-    for layouts in VARIANTS.values():
-        yield from product(layouts, [RICHEST])
+    for layouts in (*LAYOUTS.values(), *VARIANTS.values()):
+        for layout in layouts:
+            yield from product([layout], arms_of(layout))
 
 
 def reference_of(layout: str, arm: str) -> tuple[str, str]:
@@ -153,15 +171,15 @@ def learnt(recipes: dict[str, str], ranks: RankPool) -> dict[tuple[str, str], li
     Layouts do not: gloo's threads of a former one would stay, and wake up a hundred times a second each.
     """
     found: dict[tuple[str, str], list[dict]] = {}
-    for num_ranks, with_every_arm in LAYOUTS.items():
+    for num_ranks, layouts in LAYOUTS.items():
         half_equal = HALF_EQUAL[num_ranks]
-        for name, options in (with_every_arm | VARIANTS.get(num_ranks, {}) | half_equal).items():
+        for name, options in (layouts | VARIANTS.get(num_ranks, {}) | half_equal).items():
             of_ranks = ranks.run(
                 RANKS + "learn_on_ranks",
                 num_ranks=num_ranks,
                 recipe=recipes[reference_of(name, RICHEST)[0]],
                 options=options,
-                arms=ARMS if name in with_every_arm else {RICHEST: ARMS[RICHEST]},
+                arms=arms_of(name),
                 num_equal=NUM_GROUPS // 2 if name in half_equal else 0,
             )
             found |= {(name, arm): [of_rank[arm] for of_rank in of_ranks] for arm in of_ranks[0]}
