@@ -139,7 +139,7 @@ def nothing_compiled() -> Iterator[None]:
     import torch
 
     compiler = torch.compile
-    torch.compile = lambda function=None, **_: function if function is not None else lambda undecorated: undecorated
+    torch.compile = lambda function=None, **_: function or (lambda undecorated: undecorated)  # type: ignore[assignment]
     gc.disable()
     yield
     torch.compile = compiler
