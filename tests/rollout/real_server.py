@@ -182,7 +182,7 @@ def faulty_proxy(server: str, faults: Sequence[str]) -> Iterator[str]:
 
         def forward(self, body: bytes | None) -> None:
             fault = left.popleft() if self.path == "/generate" and left else ""
-            if fault == "refused":
+            if fault == "refused" or ending.is_set():  # a connection that is kept outlives the proxy's own socket
                 self.close_connection = True
                 return
             if fault == "hang":

@@ -30,7 +30,9 @@ from tests.rollout.real_server import (
 )
 
 G = 4
-LONG = replace(SETTINGS, max_response_tokens=120, stop_token_ids=(1, 2, 3, 4, 5))
+# Responses of 50 tokens on average, and so many that a busy client hears of the first group long before the last ends.
+LONG = replace(SETTINGS, max_response_tokens=400, stop_token_ids=(1, 2, 3, 4, 5))
+TWICE = [replace(prompt, id=f"{prompt.id}:{turn}") for turn in range(2) for prompt in PROMPTS]
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +71,9 @@ def assert_each_token_is_its_versions(policies: dict[int, torch.nn.Module], prom
 def test_a_step_that_closes_early_loses_nothing_and_new_weights_finish_what_was_begun(
     engine: SglangEngine, policies: dict[int, torch.nn.Module]
 ):
-    groups = [OpenGroup.of(prompt, G) for prompt in PROMPTS]
+    groups = [OpenGroup.of(prompt, G) for prompt in TWICE]
     closed = engine.generate_until(groups, 1, LONG)
-    assert [group.prompt for group in closed] == PROMPTS
+    assert [group.prompt for group in closed] == TWICE
     assert any(group.is_complete for group in closed)
     unfinished = [response for _, response in begun(closed) if response.finish_reason == "abort"]
     assert unfinished, "the others were called off"
@@ -108,7 +110,7 @@ def test_weights_change_while_responses_are_sampled_in_a_thread(
     engine: SglangEngine, policies: dict[int, torch.nn.Module]
 ):
     ahead = SamplingAhead(engine)
-    endless = replace(LONG, stop_token_ids=())
+    endless = replace(LONG, max_response_tokens=120, stop_token_ids=())
     ahead.start([OpenGroup.of(prompt, G) for prompt in PROMPTS], len(PROMPTS), endless)
     paused: list[OpenGroup] = []
     while not begun(paused):  # however long a busy server takes to its first token

@@ -81,6 +81,14 @@ class Size:
         parameters = self.layers * (attention + router + of.experts / self.ranks * expert) + 2 * ends
         return operations, parameters, float(self.layers), 1.0
 
+    def exchanged_bytes(self) -> float:
+        """What leaves a rank: tokens for experts elsewhere and back, forward and backward; and gradients, summed."""
+        of, elsewhere = self.shapes, (self.ranks - 1) / self.ranks
+        dispatched = 4 * self.layers * self.tokens / self.ranks * of.top_k * of.hidden
+        attention = of.hidden * (2 * of.query + 2 * of.key_value)
+        shared = self.layers * (attention + of.hidden * of.experts) + 2 * of.vocabulary * of.hidden
+        return FLOAT32 * elsewhere * (dispatched + 2 * shared)
+
     def bytes(self) -> float:
         """What a rank takes at its peak beyond the program: `megatron_gspo.memory`'s terms for layers on a CPU."""
         layout = parallel_section(self.ranks)

@@ -35,6 +35,17 @@ def test_a_size_costs_what_grows_with_it():
     assert [size.bytes() for size in along("tokens")] == sorted(size.bytes() for size in along("tokens"))
 
 
+def test_what_leaves_a_rank_is_the_tokens_of_experts_elsewhere_and_the_gradients_of_what_all_have():
+    alone, of_two, of_four = (replace(BASE, ranks=ranks).exchanged_bytes() for ranks in (1, 2, 4))
+    assert alone == 0 < of_two
+    more = replace(BASE, ranks=2, tokens=2 * BASE.tokens).exchanged_bytes()
+    # Half of a rank's 256 tokens' 2 rows of 256 float32, there and back, forward and backward, in each of 2 layers.
+    assert more - of_two == 0.5 * 256 * 2 * 256 * 4 * 4 * 2
+    # A rank of four has half the tokens of one of two, of which three quarters leave it, not a half.
+    tokens, gradients = more - of_two, 2 * of_two - more
+    assert of_four == pytest.approx(1.5 * (tokens / 2 + gradients))
+
+
 def test_the_fit_finds_the_costs_and_none_is_negative():
     rng = np.random.default_rng(0)
     causes = rng.uniform(1, 10, (12, 3)) * [1e9, 1e6, 1]

@@ -2,9 +2,10 @@
 
 Time is processor time of the rank that takes most, memory its peak beyond the program. Beside each the formula: bytes as
 `megatron_gspo.memory` reckons them, and seconds as operations of matrix products, parameters updated, layers and a
-constant, at costs fitted to the sizes on one rank; for more ranks the formula is a prediction. So for bytes: a factor for
-what the allocator cannot use again, and what is there at any size. The ranks share the 8-fold
-tokens and the experts on two cores, so only what each computes is measured, not how long they wait.
+constant, at costs fitted to the sizes on one rank, and bytes that leave a rank, at the cost that two ranks show; for four
+the formula is a prediction. So for bytes in memory: a factor for what the allocator cannot use again, and what is there at
+any size. The ranks share the 8-fold tokens and the experts on two cores, so only what each computes is measured, not how
+long they wait.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ def measure(bench: Bench) -> None:
     seconds = {size: float(np.median(times.seconds[str(size)])) / 2 for size in running}  # two turns a round
     alone = [size for size in running if size.ranks == 1]
     costs = fitted([size.causes() for size in alone], [seconds[size] for size in alone])
-    by_formula = {size: float(np.dot(size.causes(), costs)) for size in running}
+    on_a_rank = {size: float(np.dot(size.causes(), costs)) for size in running}
+    of_two = next(size for size in running if size.ranks == 2)
+    a_byte = max(0.0, seconds[of_two] - on_a_rank[of_two]) / of_two.exchanged_bytes()
+    by_formula = {size: on_a_rank[size] + a_byte * size.exchanged_bytes() for size in running}
     factor, fixed = fitted([(size.bytes(), 1.0) for size in alone], [peaks[size] for size in alone])
     bytes_by_formula = {size: factor * size.bytes() + fixed for size in running}
     for axis, line in sizes.items():

@@ -1,4 +1,4 @@
-"""Log-prob and entropy from hidden states, forward and backward, at Qwen3's vocabulary of 151,936.
+"""Log-prob and entropy from hidden states, forward and backward, at Qwen3-30B-A3B's vocabulary and hidden size.
 
 Beside the naive computation, which forms all logits, TRL's chunked function and verl's. Two floors: of time, the matrix
 products that recomputing the logits takes, 8 · tokens · hidden · vocabulary operations; of memory, nothing but the
@@ -23,7 +23,7 @@ from megatron_gspo.model.log_probs import token_log_probs
 from tools.bench.harness import Bench, alternate
 from tools.bench.memory import peak_bytes
 
-VOCABULARY, HIDDEN = 151_936, 256
+VOCABULARY, HIDDEN = 151_936, 2048
 TOKENS = 256  # where time is measured: a naive side of seconds, not minutes
 MEMORY_TOKENS, MEMORY_HIDDEN = 2048, 32  # hidden states small beside logits, as they are in any real model
 CHUNK_TOKENS = 128  # ours and verl's; TRL's tiles are as its trainer makes them
@@ -91,7 +91,7 @@ def problem(num_tokens: int, hidden_size: int = HIDDEN) -> tuple[Tensor, Tensor,
     """Hidden states [T, H], weight [V, H], targets [T], and the coefficients of log-probs and entropies [T, 2]."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, hidden_size, generator=generator).requires_grad_()
-    weight = (torch.randn(VOCABULARY, hidden_size, generator=generator) * 0.1).requires_grad_()
+    weight = (torch.randn(VOCABULARY, hidden_size, generator=generator) * hidden_size**-0.5).requires_grad_()
     targets = torch.randint(VOCABULARY, (num_tokens,), generator=generator)
     return hidden, weight, targets, torch.randn(num_tokens, 2, generator=generator)
 
