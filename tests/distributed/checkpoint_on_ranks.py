@@ -31,19 +31,24 @@ from tests.distributed.training_on_ranks import arrange, fixed_experience
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
-def learn_and_save(recipe: str, options: list[str], store: str) -> dict[str, Any]:
-    """Learn a step, save it in the directory `store`, and learn another."""
-    run = assembled(recipe, options)
-    learn(run, fixed_experience(run.recipe, 1), 1, SkippedUpdates(0))
-    return save_and_learn(run, CheckpointStore(Path(store)))
-
-
-def load_and_learn(recipe: str, options: list[str], saved: str, store: str) -> dict[str, Any]:
-    """Go on from what was saved in the directory `saved`; save that again, in `store`, and learn the other step."""
-    run = assembled(recipe, options)
-    checkpoint = find_checkpoint(CheckpointStore(Path(saved)), run.recipe, None)
-    load_checkpoint(run, checkpoint.path, checkpoint.state, SkippedUpdates(0))
-    return save_and_learn(run, CheckpointStore(Path(store)))
+def save_and_go_on(
+    recipe: str, options: list[str], own: str | None, saved: str | None, again: str
+) -> dict[str, dict[str, Any]]:
+    """What a layout's ranks do, both in one start: learn a step, save it in the directory `own`, and learn another; and
+    go on from what another layout has saved in the directory `saved`, save that again, and learn the other step."""
+    loaded = load_recipe(Path(recipe), options)
+    arrange(loaded)
+    states = {}
+    if own is not None:
+        run = assemble(loaded)
+        learn(run, fixed_experience(run.recipe, 1), 1, SkippedUpdates(0))
+        states["own"] = save_and_learn(run, CheckpointStore(Path(own)))
+    if saved is not None:
+        run = assemble(loaded)
+        checkpoint = find_checkpoint(CheckpointStore(Path(saved)), run.recipe, None)
+        load_checkpoint(run, checkpoint.path, checkpoint.state, SkippedUpdates(0))
+        states["gone on"] = save_and_learn(run, CheckpointStore(Path(again)))
+    return states
 
 
 def assembled(recipe: str, options: list[str]) -> Run:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,21 +30,17 @@ LAYOUTS = {
     "tensor 2, bfloat16": ["parallel.tensor=2", *BFLOAT16],
     "expert 2, bfloat16": ["parallel.expert=2", *BFLOAT16],
 }
-# Each layout is saved in and gone on in, and what has experts on several ranks meets what has not, both ways.
-GOES_ON_IN = {
-    "tensor 2": "expert 2",
-    "expert 2": "one",
-    "one": "data 2",
-    "data 2": "virtual stages",
-    "virtual stages": "expert tensor 2",
-    "expert tensor 2": "context 2",
-    "context 2": "pipeline 2",
-    "pipeline 2": "tensor 2",
-    "data 2, whole": "expert 2, whole",
-    "expert 2, whole": "data 2, whole",
-    "tensor 2, bfloat16": "expert 2, bfloat16",
-    "expert 2, bfloat16": "tensor 2, bfloat16",
-}
+# Each layout is saved in, and gone on in by the next one, the first by the last; what has experts on several ranks meets what
+# has not, both ways.
+CYCLES = (
+    (
+        *("tensor 2", "expert 2", "one", "data 2"),
+        *("virtual stages", "expert tensor 2", "context 2", "pipeline 2"),
+    ),
+    ("data 2, whole", "expert 2, whole"),
+    ("tensor 2, bfloat16", "expert 2, bfloat16"),
+)
+GOES_ON_IN = {first: second for cycle in CYCLES for first, second in pairwise((*cycle, cycle[0]))}
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +56,26 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 def saved_and_loaded(
     ranks: RankPool, recipe: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, dict], dict[str, dict]]:
-    """What every layout saved, and what the one after it came to; by the name of the first."""
+    """What every layout saved, and what the next one came to from it; by the name of the one that saved."""
     directory = tmp_path_factory.mktemp("layouts")
-
-    def on_first_rank(function: str, layout: str, **paths: Path) -> dict:
-        return ranks.run(
-            RANKS + function,
-            num_ranks=1 if layout == "one" else 2,
-            recipe=recipe,
-            options=LAYOUTS[layout],
-            **{name: str(path) for name, path in paths.items()},
-        )[0]
-
-    saved = {layout: on_first_rank("learn_and_save", layout, store=directory / layout) for layout in LAYOUTS}
-    gone_on = {
-        first: on_first_rank("load_and_learn", second, saved=directory / first, store=directory / f"{first}, gone on")
-        for first, second in GOES_ON_IN.items()
-    }
+    saved, gone_on = {}, {}
+    for cycle in CYCLES:
+        before = None
+        for layout in (*cycle, cycle[0]):
+            states = ranks.run(
+                RANKS + "save_and_go_on",
+                num_ranks=1 if layout == "one" else 2,
+                recipe=recipe,
+                options=LAYOUTS[layout],
+                own=None if layout in saved else str(directory / layout),
+                saved=None if before is None else str(directory / before),
+                again=str(directory / f"{before}, gone on"),
+            )[0]
+            if "own" in states:
+                saved[layout] = states["own"]
+            if before is not None:
+                gone_on[before] = states["gone on"]
+            before = layout
     return saved, gone_on
 
 
