@@ -46,6 +46,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory / "model",
         training={"steps": STEPS, "save_every": 2},
         evaluation={"prompts": 2},
+        routing={"probe_every": 4},  # a tenth of a run otherwise
         reward={"name": "tests.slurm.held_reward:even_length", "timeout_s": 900},
     )
     (directory / "tiny.yaml").write_text(text)
