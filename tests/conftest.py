@@ -1,5 +1,6 @@
 """Settings for every test, and what tests of several directories share."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import PurePosixPath
@@ -25,6 +26,11 @@ class SharedPartsTogether(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = PurePosixPath(nodeid.partition("::")[0])  # from the repository's root: tests/unit/...
         return file.parts[1] if file.parts[1] in TOGETHER else str(file)
+
+
+def pytest_collection_finish() -> None:
+    # What was imported stays: collections, which Megatron asks for at each save, would go through all of it.
+    gc.freeze()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedPartsTogether:

@@ -144,8 +144,9 @@ def gather_gradients(chunk: DistributedDataParallel) -> None:
 def fixed_experience(recipe: Recipe, step: int, num_equal: int = 0) -> Experience:
     """This data-parallel rank's share of responses that the step's number decides; the first groups' rewards are equal."""
     own = range(recipe.training.prompts_per_step)[parallel.data_rank() :: parallel.data_size()]
+    num_layers = read_hf_config(recipe.model.path).num_hidden_layers
     return Experience.of(
-        {place: _group(recipe, step, place, equal=place < num_equal) for place in own},
+        {place: _group(recipe, step, place, num_layers, equal=place < num_equal) for place in own},
         recipe,
         version=0,
         num_failed_rewards=0,
@@ -154,12 +155,11 @@ def fixed_experience(recipe: Recipe, step: int, num_equal: int = 0) -> Experienc
     )
 
 
-def _group(recipe: Recipe, step: int, position: int, *, equal: bool) -> Group:
+def _group(recipe: Recipe, step: int, position: int, num_layers: int, *, equal: bool) -> Group:
     rng = np.random.default_rng([step, position])
     prompt = Prompt(f"p{position}", tuple(rng.integers(0, 256, rng.integers(3, 9)).tolist()), "", "")
     one_in_two = np.arange(recipe.rollout.responses_per_prompt, dtype=np.float32) % 2
     rewards = np.ones_like(one_in_two) if equal else rng.permutation(one_in_two)
-    num_layers = read_hf_config(recipe.model.path).num_hidden_layers
     responses = tuple(
         _response(rng, prompt, int(rng.integers(2, recipe.rollout.max_response_tokens + 1)), num_layers)
         for _ in rewards

@@ -246,6 +246,11 @@ def test_the_key_is_in_a_private_file_and_nowhere_else(host: ServerHost):
     assert servers.key not in repr(host.connection)
 
 
+def test_a_server_on_the_cpu_imports_no_other_models_than_a_trainer_has(host: ServerHost):
+    # SGLang says of each model of its own that lacks a kernel here that it could not be imported.
+    assert "when loading sglang.srt.models" not in (host.servers.directory / "server_0.log").read_text()
+
+
 def test_a_wrong_key_is_refused_before_anything_is_built(
     recipe_file: Path, host: ServerHost, program: Program, tmp_path: Path
 ):
