@@ -12,6 +12,8 @@ from xdist.scheduler import LoadFileScheduling
 
 from tests.end_to_end.program import Program
 
+gc.disable()  # while tests are imported
+
 # How long an example takes depends on what else the machine does; pytest's own time limit stops a test that hangs.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -31,6 +33,7 @@ class SharedPartsTogether(LoadFileScheduling):
 def pytest_collection_finish() -> None:
     # What was imported stays: collections, which Megatron asks for at each save, would go through all of it.
     gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> SharedPartsTogether:
