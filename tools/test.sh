@@ -37,6 +37,6 @@ wait "$types" || { cat "$types_said"; exit 1; }
 cat "$types_said"
 rm "$types_said"
 # A worker takes what shares a server or a pool of ranks, or a file (tests/conftest.py), in the order given. A third
-# on 2 cores was no faster.
+# on 2 cores gained little.
 stage "tests" python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations=8 "$@"
 python -m tests.slurm.cluster

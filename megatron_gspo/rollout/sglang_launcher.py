@@ -138,8 +138,11 @@ def nothing_compiled() -> Iterator[None]:
     """
     import torch
 
+    def as_it_is(model: Any = None, **_: Any) -> Any:  # torch.compile's own name for what it is given
+        return as_it_is if model is None else model
+
     compiler = torch.compile
-    torch.compile = lambda function=None, **_: function or (lambda undecorated: undecorated)  # type: ignore[assignment]
+    torch.compile = as_it_is
     gc.disable()
     yield
     torch.compile = compiler
@@ -148,7 +151,7 @@ def nothing_compiled() -> Iterator[None]:
 
 
 def leave_out_other_models() -> None:
-    """Have `srt/models/registry.py` import the models that a trainer here can have, and not all of SGLang's 240."""
+    """Have `srt/models/registry.py` import the models that a trainer here can have, and not all of SGLang's."""
     package = importlib.import_module("sglang.srt.models")
     others = {module.name for module in pkgutil.iter_modules(package.__path__)} - MODELS
     os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(sorted(others))
@@ -198,14 +201,14 @@ def main(arguments: Sequence[str]) -> None:
     keep_out_of_log(key)
 
     with nothing_compiled() if ON_CPU else contextlib.nullcontext():
+        if ON_CPU:
+            leave_out_other_models()
+            # `run_server` imports it too, but after this block.
+            importlib.import_module("sglang.srt.entrypoints.http_server")
         from sglang.launch_server import run_server
         from sglang.srt.plugins import load_plugins
         from sglang.srt.server_args import prepare_server_args
         from sglang.srt.utils import kill_process_tree
-
-        if ON_CPU:
-            importlib.import_module("sglang.srt.entrypoints.http_server")  # `run_server` would, once all are compiled
-            leave_out_other_models()
 
     load_plugins()
     # One word: a random key may begin with a dash, as options do.

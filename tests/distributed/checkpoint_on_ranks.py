@@ -31,11 +31,10 @@ from tests.distributed.training_on_ranks import arrange, fixed_experience
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
 
 
-def save_and_go_on(
-    recipe: str, options: list[str], own: str | None, saved: str | None, again: str
-) -> dict[str, dict[str, Any]]:
+def save_and_go_on(recipe: str, options: list[str], own: str | None, saved: str | None) -> dict[str, dict[str, Any]]:
     """What a layout's ranks do, both in one start: learn a step, save it in the directory `own`, and learn another; and
-    go on from what another layout has saved in the directory `saved`, save that again, and learn the other step."""
+    go on from what another layout has saved in the directory `saved`, save that again beside it, and learn the other step.
+    """
     loaded = load_recipe(Path(recipe), options)
     arrange(loaded)
     states = {}
@@ -47,7 +46,7 @@ def save_and_go_on(
         run = assemble(loaded)
         checkpoint = find_checkpoint(CheckpointStore(Path(saved)), run.recipe, None)
         load_checkpoint(run, checkpoint.path, checkpoint.state, SkippedUpdates(0))
-        states["gone on"] = save_and_learn(run, CheckpointStore(Path(again)))
+        states["gone on"] = save_and_learn(run, CheckpointStore(Path(f"{saved}, gone on")))
     return states
 
 

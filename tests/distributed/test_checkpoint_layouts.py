@@ -69,7 +69,6 @@ def saved_and_loaded(
                 options=LAYOUTS[layout],
                 own=None if layout in saved else str(directory / layout),
                 saved=None if before is None else str(directory / before),
-                again=str(directory / f"{before}, gone on"),
             )[0]
             if "own" in states:
                 saved[layout] = states["own"]

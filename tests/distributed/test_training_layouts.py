@@ -2,9 +2,10 @@
 
 Both objectives, every replay mode, with and without recompute: of those twelve arms every layout on several ranks is tried
 with six, in which each pair of switches meets, and its neighbour with the others; with all where $EVERY_ARM is set. fp32 on
-gloo, one step of two updates. Sums in another order move a gradient by a few units in its last place: measured, by at most 1.3e-6 of the parameter's largest. Adam
-divides it by its own size, so epsilon is raised to keep noise around zero from becoming a step: weights differ by at most
-3.6e-6 after updates of up to 0.01. Metrics differ by at most 3.4e-5 of themselves or, where terms cancel, by 8e-7.
+gloo, one step of two updates. Sums in another order move a gradient by a few units in its last place: measured, by at most
+1.3e-6 of the parameter's largest. Adam divides it by its own size, so epsilon is raised to keep noise around zero from
+becoming a step: weights differ by at most 3.6e-6 after updates of up to 0.01. Metrics differ by at most 3.4e-5 of themselves
+or, where terms cancel, by 8e-7.
 """
 
 import os
@@ -120,9 +121,11 @@ LAYOUT_DEPENDENT = {"packing/fill_fraction", "packing/rank_token_imbalance"}
 
 def arms_of(layout: str) -> dict[str, list[str]]:
     """The arms that a layout is tried with."""
-    if layout in LAYOUTS[1] or (layout in BY_TURNS and os.environ.get("EVERY_ARM")):
+    if layout in LAYOUTS[1]:
         return ARMS
-    return HALVES[BY_TURNS.index(layout) % 2] if layout in BY_TURNS else {RICHEST: ARMS[RICHEST]}
+    if layout not in BY_TURNS:
+        return {RICHEST: ARMS[RICHEST]}
+    return ARMS if os.environ.get("EVERY_ARM") else HALVES[BY_TURNS.index(layout) % 2]
 
 
 def compared() -> Iterator[tuple[str, str]]:

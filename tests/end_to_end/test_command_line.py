@@ -187,11 +187,8 @@ def test_the_trained_policy_is_a_checkpoint_that_evaluates(finished: Path, progr
     assert float(measured[1]) == pytest.approx(lines_of(finished)[-1]["eval/arithmetic_chain/pass_at_1"], abs=1e-4)
 
 
-def test_two_tensor_parallel_ranks_do_the_run_of_one(
-    recipe: Path, cold_start: Path, finished: Path, program: Program, tmp_path: Path
-):
-    options = [f"model.path={cold_start}", "parallel.tensor=2"]
-    done = program.run("train", recipe, *options, "--output-dir", tmp_path / "run", num_ranks=2)
+def test_two_tensor_parallel_ranks_do_the_run_of_one(recipe: Path, cold_start: Path, finished: Path, tmp_path: Path):
+    done = run("train", recipe, f"model.path={cold_start}", "parallel.tensor=2", "--output-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     for one, two in zip(lines_of(finished), lines_of(tmp_path / "run"), strict=True):
         for name in ("reward/mean", "loss/policy", "grad_norm", "entropy/mean", "clip/token_fraction"):

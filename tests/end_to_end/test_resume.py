@@ -141,22 +141,33 @@ def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
     ]
 
 
-def test_a_signal_to_one_rank_that_still_imports_stops_all_at_the_same_step_with_a_checkpoint(
-    recipe: Path, tmp_path: Path
+def test_a_signal_to_one_rank_stops_all_at_the_same_step_with_a_checkpoint(
+    recipe: Path, program: Program, tmp_path: Path
 ):
+    directory = tmp_path / "run"
+    asked = program.start("train", recipe, "training.steps=1000", "--output-dir", directory, num_ranks=2)
+    wait_for_step(directory, 1, asked.has_ended)
+    asked.signal(signal.SIGUSR1, rank=1)
+    stopped = asked.wait()
+    assert stopped.returncode == 75, stopped.stderr
+    last = lines_of(directory)[-1]["step"]
+    assert (directory / "checkpoints" / f"step_{last}" / "manifest.json").is_file()
+    assert f"Stopped as asked, after step {last}" in stopped.stdout
+    assert f"train {directory}/recipe.yaml --output-dir {directory} --resume" in stopped.stdout
+
+
+def test_a_signal_to_a_run_that_still_imports_stops_it_after_its_first_step(recipe: Path, tmp_path: Path):
     directory = tmp_path / "run"
     process = start("train", recipe, "training.steps=1000", "--output-dir", directory)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while len(children.read_text().split()) < 2:
         assert process.poll() is None
         time.sleep(0.02)
-    os.kill(ranks_of(process)[1], signal.SIGUSR1)
-    out, err = process.communicate(timeout=600)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 75, err
     assert lines_of(directory)[-1]["step"] == 1
-    assert (directory / "checkpoints" / "step_1" / "manifest.json").is_file()
-    assert "Stopped as asked, after step 1" in out
-    assert f"train {directory}/recipe.yaml --output-dir {directory} --resume" in out
+    assert (directory / "checkpoints/step_1/manifest.json").is_file()
 
 
 def test_a_second_signal_ends_the_run_at_once(recipe: Path, tmp_path: Path):
@@ -165,7 +176,7 @@ def test_a_second_signal_ends_the_run_at_once(recipe: Path, tmp_path: Path):
     wait_for_step(directory, 1, lambda: process.poll() is not None)
     first, second = ranks_of(process)
     os.kill(second, signal.SIGSTOP)  # now the first waits for it for ever
-    process.send_signal(signal.SIGTERM)  # passed on to both
+    process.send_signal(signal.SIGTERM)
     time.sleep(SAME_REQUEST_S + 0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)

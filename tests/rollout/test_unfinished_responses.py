@@ -30,7 +30,7 @@ from tests.rollout.real_server import (
 )
 
 G = 4
-# Responses of 50 tokens on average, and so many that a busy client hears of the first group long before the last ends.
+# Responses of ten to hundreds of tokens, and so many that a busy client hears of the first group long before the last ends.
 LONG = replace(SETTINGS, max_response_tokens=400, stop_token_ids=(1, 2, 3, 4, 5))
 TWICE = [replace(prompt, id=f"{prompt.id}:{turn}") for turn in range(2) for prompt in PROMPTS]
 

@@ -69,25 +69,28 @@ class Size:
         """For `models.config`."""
         return SHAPES | {"num_experts": self.experts, "num_hidden_layers": self.layers}
 
+    @property
+    def shared_parameters(self) -> int:
+        """Those of the model's matrices that every rank has: attention, routers, embedding and output layer."""
+        of = self.shapes
+        attention, router = of.hidden * (2 * of.query + 2 * of.key_value), of.hidden * of.experts
+        return self.layers * (attention + router) + 2 * of.vocabulary * of.hidden
+
     def causes(self) -> tuple[float, float, float, float]:
         """What time is spent on, on one rank: operations of matrix products, parameters updated, layers, once."""
         of, tokens = self.shapes, self.tokens / self.ranks
-        attention = of.hidden * (2 * of.query + 2 * of.key_value)
         expert = 3 * of.hidden * of.expert_width
-        router, ends = of.hidden * of.experts, of.vocabulary * of.hidden
-        active = self.layers * (attention + router + of.top_k * expert) + ends
+        active = self.shared_parameters - of.vocabulary * of.hidden + self.layers * of.top_k * expert
         pairs = tokens * LENGTH
         operations = 6 * active * tokens + 12 * self.layers * of.query * pairs / 2
-        parameters = self.layers * (attention + router + of.experts / self.ranks * expert) + 2 * ends
+        parameters = self.shared_parameters + self.layers * of.experts / self.ranks * expert
         return operations, parameters, float(self.layers), 1.0
 
     def exchanged_bytes(self) -> float:
         """What leaves a rank: tokens for experts elsewhere and back, forward and backward; and gradients, summed."""
         of, elsewhere = self.shapes, (self.ranks - 1) / self.ranks
         dispatched = 4 * self.layers * self.tokens / self.ranks * of.top_k * of.hidden
-        attention = of.hidden * (2 * of.query + 2 * of.key_value)
-        shared = self.layers * (attention + of.hidden * of.experts) + 2 * of.vocabulary * of.hidden
-        return FLOAT32 * elsewhere * (dispatched + 2 * shared)
+        return FLOAT32 * elsewhere * (dispatched + 2 * self.shared_parameters)
 
     def bytes(self) -> float:
         """What a rank takes at its peak beyond the program: `megatron_gspo.memory`'s terms for layers on a CPU."""

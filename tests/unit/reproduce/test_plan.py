@@ -94,8 +94,8 @@ def test_the_sweep_chooses_with_seeds_that_nothing_is_compared_on():
 def test_the_quick_form_is_part_of_the_full_one_and_both_fit_their_time():
     quick, full = plan(QUICK), plan()
     assert {task.name for task in quick.tasks} < {task.name for task in full.tasks}
-    # Two runs side by side; cores that share a chip are slower together, so a fifth is left over.
-    assert quick.cpu_s / 2 < 0.8 * 15 * 60
+    # Two runs side by side; cores that share a chip are slower together, so a quarter is left over, or nearly.
+    assert quick.cpu_s / 2 < 0.75 * 15 * 60
     assert full.cpu_s / 2 < 0.8 * 2 * 60 * 60
 
 
