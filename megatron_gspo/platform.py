@@ -17,7 +17,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
-import queue
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -91,41 +90,6 @@ def prepare_megatron() -> None:
         _stand_in_for_transformer_engine()
     if not has_cuda:
         _patch_modules_that_name_cuda()
-
-
-@functools.cache
-def prepare_checkpoint_writer() -> None:
-    """Have Megatron write checkpoints within the rank. Call it before the first save; again is harmless."""
-    # dist_checkpointing/strategies/filesystem_async.py: a rank forks processes that write, and waits for each to report;
-    # one that dies without a report (it is killed, or psutil, asked for a debug message, is missing) is waited for for
-    # ever. Reports go through a server of `multiprocessing` that outlives a killed rank and holds its output open.
-    writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    writer._results_queue = queue.SimpleQueue()
-    writer._process_memory = lambda: 0
-    writer.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
-
-
-def _write_in_this_process(
-    transforms: list[Any], use_msc: bool, rank: int, buckets: list[Any], results: queue.SimpleQueue[Any]
-) -> None:
-    """Write each bucket to its file and report, in the words of Megatron's `write_preloaded_data_multiproc`."""
-    del rank
-    # torch would check-sum every record of its archives, at the speed of the writing; the store hashes the files.
-    sums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    writer: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
-    written = {}
-    for index, bucket in enumerate(buckets):
-        report: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        unfinished: queue.Queue[int] = queue.Queue()
-        unfinished.put(index)
-        writer.FileSystemWriterAsync.write_preloaded_data(
-            transforms, index, bucket, report, unfinished, use_fsync=True, use_msc=use_msc
-        )
-        _, written[index] = report.get()
-    torch.serialization.set_crc32_options(sums)
-    failure = next((outcome for outcome in written.values() if isinstance(outcome, Exception)), None)
-    results.put(failure or written)
 
 
 class _Stream:

@@ -136,7 +136,10 @@ class GroupedExperts(MegatronModule):
             assert flattened_range is None, f"{key}: flattened optimizer shards of experts are not supported"
             if name.endswith("weight2"):
                 return [shard(key, tensor, 2, rank, size, replica_id)]
-            # All ranks' gate rows come before all ranks' up rows, so that any number of ranks can load them.
+            # All ranks' gate rows come before all ranks' up rows, so that any number of ranks can load them. One rank's
+            # are so as they lie, and need no copy.
+            if size == 1:
+                return [shard(key, tensor, 1, 0, 1, replica_id)]
             gate, up = tensor.chunk(2, dim=1)
             return [
                 shard(key, gate, 1, rank, 2 * size, replica_id),
@@ -147,7 +150,7 @@ class GroupedExperts(MegatronModule):
             key=key,
             data=weight,
             build_fn=split,
-            merge_fn=lambda parts: torch.cat(parts, dim=1),
+            merge_fn=lambda parts: parts[0] if len(parts) == 1 else torch.cat(parts, dim=1),
             replica_id=(0, 0, self.data_group.rank()),
         )
 

@@ -17,7 +17,6 @@ import json
 import logging
 import random
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -137,11 +136,10 @@ def sharded_state(policy: TrainablePolicy, *, is_loading: bool) -> dict[str, Any
     models: dict[str, Any] = {
         name: model.sharded_state_dict(metadata=layout_free) for name, model in _named_models(policy).items()
     }
-    if not is_loading:
-        for optimizer in policy.optimizer.chained_optimizers:
-            # Moments exist from the first update on, and every update so far may have been skipped.
-            optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
-    with torch.no_grad(), nullcontext() if is_loading else without_gathering(policy.optimizer.chained_optimizers):
+    for optimizer in policy.optimizer.chained_optimizers:
+        # Moments exist from the first update on, and every update so far may have been skipped.
+        optimizer.init_state_fn(optimizer.optimizer, optimizer.config)
+    with torch.no_grad(), without_gathering(policy.optimizer.chained_optimizers):
         optimizer_state = policy.optimizer.sharded_state_dict(models, is_loading=is_loading, metadata=layout_free)
     return models | {"optimizer": optimizer_state}
 

@@ -2,13 +2,10 @@
 
 In: a run after a step. Out: its checkpoint in the store, whole, or an error on all ranks and the older ones as they were.
 
-The run stands still until its state is copied to host memory. Then a thread of each rank writes and hashes what that rank
-holds (the asynchronous half of `dist_checkpointing.save`), while the run goes on. What all ranks must agree on (that all
-have written, Megatron's index, the renaming) is done where they meet: after a later step, before the next save, at the end.
-
-Megatron's own callers fork or spawn a process instead (strategies/async_utils.py). A forked one inherits the locks of
-threads that it does not have, and outlives a rank that was killed, writing where the next run writes; the spawned one
-needs CUDA. Writing, syncing and hashing leave Python's lock to the run, so a thread is enough.
+The run stands still until what is to be written is planned. Then a thread of each rank copies, writes and hashes what that
+rank holds (`checkpoint_writer.py`), while the run goes on; before it changes its tensors it waits for the copy. What all
+ranks must agree on (that all have written, Megatron's index, the renaming) is done where they meet: after a later step,
+before the next save, at the end. What the new checkpoint supersedes is deleted by a thread of the main rank.
 """
 
 from __future__ import annotations
@@ -16,8 +13,7 @@ from __future__ import annotations
 import io
 import shutil
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +28,11 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gspo import parallel
-from megatron_gspo.platform import prepare_checkpoint_writer
 from megatron_gspo.training.agreement import on_any_rank, on_main_rank, refuse_together
 from megatron_gspo.training.assembly import Run
 from megatron_gspo.training.checkpoint import RANDOM, STATE, SavedState, logger, random_states, sharded_state
 from megatron_gspo.training.checkpoint_store import CheckpointStore, file_names, hash_files
+from megatron_gspo.training.checkpoint_writer import Writer, give_own_storages, prepare_writer, storages
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.main_rank_files import TORCH_COULD_NOT_WRITE, heard_by_all_ranks
 from megatron_gspo.types import TrainingFailedError, UserError
@@ -48,30 +44,6 @@ class SaveFailedError(TrainingFailedError):
     of_all_ranks = True
 
 
-class _Writer(threading.Thread):
-    """Writes this rank's part of a checkpoint and hashes it. A daemon: a rank that has to end does not wait for it."""
-
-    def __init__(self, request: AsyncRequest, aside: Path, live: Set[int]) -> None:
-        super().__init__(name="checkpoint writer", daemon=True)
-        self._request, self._aside = request, aside
-        self._buckets = _on_host(request, live)
-        self.hashes: dict[str, str] = {}
-        self.error: BaseException | None = None
-        self.seconds = 0.0
-
-    def run(self) -> None:
-        started = time.perf_counter()
-        try:
-            if self._request.async_fn is not None:
-                rank, _, results = self._request.async_fn_args
-                self._request.async_fn(rank, self._buckets, results)
-            self.hashes = hash_files(self._aside, [name for _, name, _ in self._buckets])
-        except BaseException as error:  # handed to the rank's main thread, which raises it
-            self.error = error
-        self._buckets = []  # the copy's memory
-        self.seconds = time.perf_counter() - started
-
-
 @dataclass(frozen=True)
 class _Save:
     """A save that is under way."""
@@ -79,7 +51,7 @@ class _Save:
     state: SavedState
     aside: Path
     request: AsyncRequest
-    writer: _Writer
+    writer: Writer
 
 
 class CheckpointSaver:
@@ -92,11 +64,14 @@ class CheckpointSaver:
         self._store, self._keep, self._in_background = store, keep, in_background
         self._under_way: _Save | None = None
         self._num_bytes = 0  # of the tensors of all ranks, in the newest save
+        self._deletion: threading.Thread | None = None  # the main rank's
 
     def save(
         self, run: Run, step: int, skipped: SkippedUpdates, metrics: Mapping[str, Any], *, owes_evaluation: bool = False
     ) -> None:
-        """Save the run as it is after `step`: until it is whole, or in the background until its state is copied.
+        """Save the run as it is after `step`: until it is whole, or in the background until what to write is planned.
+
+        In the background the run must call `wait_until_copied` before it changes what is saved.
 
         Raises:
             SaveFailedError: it, or the one before it, could not be written.
@@ -107,6 +82,16 @@ class CheckpointSaver:
             self._under_way = self._start(run, state)
         if not self._in_background:
             self.finish()
+
+    def wait_until_copied(self) -> None:
+        """Wait until the save under way, if there is one, reads nothing more of the run's own tensors."""
+        if self._under_way is not None:
+            self._under_way.writer.copied.wait()
+
+    def wait_until_deleted(self) -> None:
+        """Wait until what the newest checkpoint superseded is gone; this rank alone may call it."""
+        if self._deletion is not None:
+            self._deletion.join()
 
     def finish_if_written(self) -> None:
         """Make the save under way a checkpoint, if every rank has written its part.
@@ -144,26 +129,31 @@ class CheckpointSaver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None or (isinstance(error, TrainingFailedError) and error.of_all_ranks):
-            self.finish()
+        try:
+            if error is None or (isinstance(error, TrainingFailedError) and error.of_all_ranks):
+                self.finish()
+        finally:
+            self.wait_until_deleted()
 
     def _start(self, run: Run, state: SavedState) -> _Save:
-        prepare_checkpoint_writer()
+        prepare_writer()
         sharded = sharded_state(run.policy, is_loading=False)
         self._num_bytes = int(parallel.sum_over_all_ranks(torch.tensor(_bytes_written_here(sharded))))
-        live = _storages(sharded) if self._in_background else frozenset()
+        give_own_storages(sharded)
+        live = storages(sharded) if self._in_background else frozenset()
         aside = on_main_rank(lambda: self._make_room(state.step))
         with heard_by_all_ranks():
             request = dist_checkpointing.save(sharded, str(aside), async_sharded_save=True)
         assert request is not None, "Megatron returns what is left to do"
         generators = parallel.gather_objects(random_states())
         on_main_rank(lambda: _write_own_files(aside, state, generators))
-        writer = _Writer(request, aside, live)
+        writer = Writer(request, live)
         writer.start()
         return _Save(state, aside, request, writer)
 
     def _make_room(self, step: int) -> Path:
         """The directory to write into, after a look at what room there is."""
+        self.wait_until_deleted()
         aside = self._store.start(step)
         if shutil.disk_usage(aside).free < self._num_bytes:
             raise OSError("there is no room for it")
@@ -173,6 +163,15 @@ class CheckpointSaver:
         """Hash what the ranks' threads did not write, and make the directory a checkpoint."""
         rest = [name for name in file_names(save.aside) if name not in hashes]
         self._store.finish(save.state.step, save.aside, hashes | hash_files(save.aside, rest), keep=self._keep)
+        self._deletion = threading.Thread(target=self._delete_superseded, name="checkpoint deletion", daemon=True)
+        self._deletion.start()
+
+    def _delete_superseded(self) -> None:
+        """Delete what is out of sight: gigabytes take a file system a while."""
+        try:
+            self._store.remove_leftovers()
+        except OSError as error:  # the next save tries again, and fails where it cannot
+            logger.warning("superseded checkpoints could not be deleted: %s", error)
 
     @contextmanager
     def _failing(self, step: int) -> Iterator[None]:
@@ -184,6 +183,7 @@ class CheckpointSaver:
                 raise
             words = self._failure(step, error)
             if parallel.is_main_rank():
+                self.wait_until_deleted()
                 self._store.remove_leftovers()
             raise SaveFailedError(words) from error
 
@@ -208,30 +208,7 @@ def _write_own_files(aside: Path, state: SavedState, generators: list[dict[str, 
     (aside / RANDOM).write_bytes(buffer.getvalue())
 
 
-def _storages(sharded: dict[str, Any]) -> frozenset[int]:
-    """Where the memory lies that the run's own tensors are in."""
-    held = (value.data for value in nested_values(sharded) if isinstance(value, ShardedTensor | ShardedTensorFactory))
-    return frozenset(data.untyped_storage().data_ptr() for data in held if data is not None)
-
-
-def _on_host(request: AsyncRequest, live: Set[int]) -> list[tuple[str, str, tuple[Any, Any]]]:
-    """What this rank writes, by file: its path, its name, its bytes and tensors in host memory.
-
-    No tensor is in `live` memory. Megatron has copied most already: what it moved from a GPU, and parts of larger tensors.
-    """
-    if request.preload_fn is None:
-        return []
-
-    def kept(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor
-
-    return [
-        (path, name, (in_bytes, [(item, kept(tensor)) for item, tensor in tensors]))
-        for path, name, (in_bytes, tensors) in request.preload_fn()
-    ]
-
-
-def _hashes_of_all_ranks(writer: _Writer) -> dict[str, str]:
+def _hashes_of_all_ranks(writer: Writer) -> dict[str, str]:
     """The digest of each file that the ranks' threads wrote.
 
     Raises:

@@ -153,6 +153,7 @@ def take_step(progress: Progress) -> bool:
     step = reached.step + 1
     experience = run.collector.collect(step, run.policy.version)
     run.collector.sample_ahead(step + 1, run.policy.version + 1)
+    progress.saver.wait_until_copied()
     result = learn(run, experience, step, progress.skipped)
     reached.go_on_to(run, step, step_line(step, run, result.metrics))
     if progress.directory is not None and result.volatility:

@@ -89,6 +89,7 @@ def save_beside_the_run(recipe: str, options: list[str], directory: str) -> dict
     with CheckpointSaver(beside, keep=2, in_background=True) as saver:
         with writers_held_back():
             saver.save(run, 1, SkippedUpdates(0), {"step": 1})
+            saver.wait_until_copied()
             learn(run, fixed_experience(run.recipe, 2), 2, SkippedUpdates(0))
             saver.finish_if_written()
             steps_while_held = beside.steps()
@@ -197,20 +198,23 @@ def save_under_observation(recipe: str, directory: str) -> int:
     store = CheckpointStore(Path(directory) / "saved")
     save(run, store, 1)
     num_changes = 0
-    copying = False
+    is_over = False
+    copier: int | None = None  # the thread that copies, whose own changes do not count; others' wait
+    one_at_a_time = threading.Lock()
 
     def copy(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal num_changes, copying
-        if copying or not is_change(event, arguments):
+        nonlocal num_changes, copier
+        if is_over or copier == threading.get_ident() or not is_change(event, arguments):
             return
-        copying = True
-        shutil.copytree(store.directory, Path(directory) / f"before_{num_changes}")
-        num_changes += 1
-        copying = False
+        with one_at_a_time:
+            copier = threading.get_ident()
+            shutil.copytree(store.directory, Path(directory) / f"before_{num_changes}")
+            num_changes += 1
+            copier = None
 
     sys.addaudithook(copy)
     save(run, store, 2, keep=1)
-    copying = True
+    is_over = True
     return num_changes
 
 

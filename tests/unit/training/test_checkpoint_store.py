@@ -13,6 +13,7 @@ def save(store: CheckpointStore, step: int, *, keep: int = 2) -> None:
     (aside / "weights.bin").write_bytes(bytes([step]) * 100)
     (aside / "state.json").write_text("{}")
     store.finish(step, aside, hash_files(aside, file_names(aside)), keep=keep)
+    store.remove_leftovers()
 
 
 @pytest.fixture
@@ -26,6 +27,15 @@ def test_the_newest_are_kept(store: CheckpointStore):
     assert store.steps() == [6, 10]
     assert store.pointer_problem() is None
     assert {path.name for path in store.directory.iterdir()} == {"step_6", "step_10", "latest"}
+
+
+def test_what_is_superseded_is_out_of_sight_before_it_is_deleted(store: CheckpointStore):
+    save(store, 2, keep=1)
+    store.finish(4, store.start(4), {}, keep=1)
+    assert store.steps() == [4]
+    assert {path.name for path in store.directory.iterdir()} == {".step_2.old", "step_4", "latest"}
+    store.remove_leftovers()
+    assert {path.name for path in store.directory.iterdir()} == {"step_4", "latest"}
 
 
 def test_what_was_not_finished_does_not_count_and_goes_with_the_next_save(store: CheckpointStore):
