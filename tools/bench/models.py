@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from megatron_gspo import parallel
 from megatron_gspo.config import ModelSection, ParallelSection
@@ -50,14 +51,37 @@ def policy(shapes: Qwen3MoeConfig, **options: Any) -> PolicyModel:
     return model
 
 
-def write_checkpoint(directory: Path, **changes: Any) -> None:
-    """A Hugging Face checkpoint of the shapes that the laptop recipes train, with random weights and its tokenizer."""
-    build_byte_tokenizer().save_pretrained(directory)
+def write_checkpoint(directory: Path, *, mean_response_tokens: float | None = None, **changes: Any) -> None:
+    """A Hugging Face checkpoint of the shapes that the laptop recipes train, with random weights and its tokenizer.
+
+    With `mean_response_tokens` it ends a response after every token with about the same probability, so that lengths
+    are geometrically distributed; without, it does so as rarely as it samples any other token.
+    """
+    tokenizer = build_byte_tokenizer()
+    tokenizer.save_pretrained(directory)
     shapes = AutoConfig.from_pretrained(SHIPPED)
     for name, value in changes.items():
         setattr(shapes, name, value)
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(shapes, dtype=torch.float32).save_pretrained(directory)
+    model = AutoModelForCausalLM.from_config(shapes, dtype=torch.float32)
+    if mean_response_tokens is not None:
+        _end_after(model, tokenizer.eos_token_id, mean_response_tokens)
+    model.save_pretrained(directory)
+
+
+@torch.no_grad()
+def _end_after(model: PreTrainedModel, eos_token_id: int, mean_tokens: float) -> None:
+    """Give the end of sequence the logit with which one token in `mean_tokens` is one."""
+    # All tokens get a direction in common, which the last norm makes one length; along it lies the end's logit.
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    shared = torch.zeros(embeddings.shape[1])
+    shared[0] = 8 * embeddings.norm(dim=-1).mean()
+    embeddings += shared
+    ids = torch.randint(len(head), (16, 64))
+    hidden = model.base_model(ids).last_hidden_state.flatten(0, 1)
+    others = (hidden @ head.T).logsumexp(-1).mean()
+    head[eos_token_id] = 0
+    head[eos_token_id, 0] = (others - math.log(mean_tokens - 1)) / hidden[:, 0].mean()
 
 
 def samples(lengths: Sequence[int], prompt_tokens: int = 16, vocabulary: int = 512, seed: int = 0) -> list[Sample]:

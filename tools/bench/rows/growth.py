@@ -1,9 +1,9 @@
-"""Growth: a training step at 1×, 2×, 4× and 8× the tokens, experts and layers, and on 1, 2 and 4 ranks.
+"""Growth: a training step at 1×, 2×, 4× and 8× the tokens, experts, layers and ranks.
 
 Time is processor time of the rank that takes most, memory its peak beyond the program. Beside each the formula: bytes as
 `megatron_gspo.memory` reckons them, and seconds as operations of matrix products, parameters updated, layers and a
 constant, at costs fitted to the sizes on one rank, and bytes that leave a rank, at the cost that two ranks show; for four
-the formula is a prediction. So for bytes in memory: a factor for what the allocator cannot use again, and what is there at
+and eight the formula is a prediction. So for bytes in memory: a factor for what the allocator cannot use again, and what is there at
 any size. The ranks share the 8-fold tokens and the experts on two cores, so only what each computes is measured, not how
 long they wait.
 """
@@ -21,7 +21,6 @@ from tools.bench.growing import AXES, Growing, Size, exponent, fitted
 from tools.bench.harness import Bench, Times
 
 FACTORS = (1, 2, 4, 8)
-RANKS = (1, 2, 4)
 BASE = Size()
 #: By how much an exponent may exceed the formula's.
 MARGIN = 0.1
@@ -65,7 +64,7 @@ def measure(bench: Bench) -> None:
 def along(axis: str) -> list[Size]:
     """The sizes of one axis."""
     if axis == "ranks":
-        return [replace(BASE, tokens=FACTORS[-1] * BASE.tokens, ranks=ranks) for ranks in RANKS]
+        return [replace(BASE, tokens=FACTORS[-1] * BASE.tokens, ranks=ranks) for ranks in FACTORS]
     return [replace(BASE, **{axis: factor * getattr(BASE, axis)}) for factor in FACTORS]
 
 

@@ -1,7 +1,6 @@
 """Whole RL steps, each system in a process of its own that makes one step whenever it is told to (`turns.py`)."""
 
 PROMPTS, RESPONSES_PER_PROMPT, MINI_BATCHES = 32, 8, 4  # a step
-MAX_RESPONSE_TOKENS = 24
 LEARNING_RATE = 1e-4
 CLIP_LOW, CLIP_HIGH = 3e-4, 4e-4
 PROBLEMS = tuple(f"{number % 10}+{number // 10 % 10}*3-7=" for number in range(64))  # 8 tokens each

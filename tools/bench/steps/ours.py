@@ -1,4 +1,4 @@
-"""This project's step: `python -m tools.bench.steps.ours CHECKPOINT`, told by `turns.Teller`."""
+"""This project's step: `python -m tools.bench.steps.ours CHECKPOINT MAX_RESPONSE_TOKENS`, told by `turns.Teller`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tools.bench.steps.turns import Told
 RECIPE = Path(__file__).resolve().parents[3] / "recipes/tiny_gspo.yaml"
 
 
-def main(checkpoint: str) -> None:
+def main(checkpoint: str, max_response_tokens: str) -> None:
     """Build a run and make steps of it."""
     told = Told()
     torch.set_num_threads(1)
@@ -38,7 +38,7 @@ def main(checkpoint: str) -> None:
             "routing.measure=false",
             "training.skip_zero_advantages=false",  # TRL forwards them
             f"rollout.responses_per_prompt={steps.RESPONSES_PER_PROMPT}",
-            f"rollout.max_response_tokens={steps.MAX_RESPONSE_TOKENS}",
+            f"rollout.max_response_tokens={max_response_tokens}",
             f"training.prompts_per_step={steps.PROMPTS}",
             f"training.mini_batches={steps.MINI_BATCHES}",
             f"training.learning_rate={steps.LEARNING_RATE}",

@@ -1,4 +1,4 @@
-"""TRL's step: `python -m tools.bench.steps.trls CHECKPOINT`, told by `turns.Teller`. Runs where TRL is installed.
+"""TRL's step: `python -m tools.bench.steps.trls CHECKPOINT MAX_RESPONSE_TOKENS`, told by `turns.Teller`. Runs where TRL is installed.
 
 A step is a generation and the four optimizer steps on it; the trainer's own loop goes on, and waits where the next begins.
 """
@@ -20,7 +20,7 @@ from tools.bench.memory import resident_bytes
 from tools.bench.steps.turns import Told
 
 
-def main(checkpoint: str) -> None:
+def main(checkpoint: str, max_response_tokens: str) -> None:
     """Train, a step whenever told to."""
     told = Told()
     torch.set_num_threads(1)
@@ -32,14 +32,14 @@ def main(checkpoint: str) -> None:
         processing_class=tokenizer,
         reward_funcs=turns.reward,
         train_dataset=Dataset.from_list([{"prompt": text} for text in steps.PROBLEMS]),
-        args=settings(tempfile.mkdtemp()),
+        args=settings(tempfile.mkdtemp(), int(max_response_tokens)),
         callbacks=[turns],
     )
     told.say(probe=probe(model))
     trainer.train()
 
 
-def settings(directory: str) -> GRPOConfig:
+def settings(directory: str, max_response_tokens: int) -> GRPOConfig:
     """GSPO as TRL's documentation sets it up, at the sizes of `steps`."""
     responses = steps.PROMPTS * steps.RESPONSES_PER_PROMPT
     return GRPOConfig(
@@ -55,7 +55,7 @@ def settings(directory: str) -> GRPOConfig:
         num_generations=steps.RESPONSES_PER_PROMPT,
         steps_per_generation=steps.MINI_BATCHES,
         per_device_train_batch_size=responses // steps.MINI_BATCHES,
-        max_completion_length=steps.MAX_RESPONSE_TOKENS,
+        max_completion_length=max_response_tokens,
         temperature=1.0,
         learning_rate=steps.LEARNING_RATE,
         lr_scheduler_type="constant",
