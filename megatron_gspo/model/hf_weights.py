@@ -7,6 +7,7 @@ a second copy of the model. What is where stands in `weight_layout`.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -117,13 +118,12 @@ def local_weights(chunks: Sequence[PolicyModel], dimensions: Dimensions) -> Iter
     """Each slot that this rank holds (a shard of), and the parameter or the part of a parameter it lies in."""
     experts = _local_experts(dimensions)
     for chunk in chunks:
-        parameters = dict(chunk.named_parameters())
-        unclaimed = set(parameters)
-        for slot, local_layer in _chunk_slots(chunk, dimensions, experts):
-            name, weight = _find(slot, parameters, local_layer, slot.expert - experts.start)
-            unclaimed.discard(name)
-            yield slot, weight.detach()
-        assert not unclaimed, f"parameters without a Hugging Face name: {sorted(unclaimed)}"
+        parameters = {name: parameter.detach() for name, parameter in chunk.named_parameters()}
+        layers = tuple(module.layer_number - 1 for module in chunk.decoder.layers)
+        places = _places(tuple(parameters), layers, chunk.pre_process, chunk.post_process, dimensions, experts)
+        stacks = {name: parameters[name].unbind() for name, expert in places.values() if expert == 0}
+        for slot, (name, expert) in places.items():
+            yield slot, parameters[name] if expert is None else stacks[name][expert]
 
 
 def _expected_shapes(dimensions: Dimensions) -> dict[str, tuple[int, ...]]:
@@ -142,15 +142,43 @@ def _fill(chunks: Sequence[PolicyModel], dimensions: Dimensions, source: Callabl
         weight.copy_(slot.kind.sharding.split(parts, dimensions, group.rank(), group.size()))
 
 
-def _chunk_slots(chunk: PolicyModel, dimensions: Dimensions, experts: range) -> Iterator[tuple[WeightSlot, int]]:
+class _Place(NamedTuple):
+    """Where in a chunk a slot lies."""
+
+    parameter: str
+    expert: int | None  # of the rank, in a parameter that stacks its experts
+
+
+@functools.lru_cache(maxsize=16)  # asked for at every hand-over, and the same where all arguments are
+def _places(
+    parameters: tuple[str, ...],
+    layers: tuple[int, ...],
+    is_first: bool,
+    is_last: bool,
+    dimensions: Dimensions,
+    experts: range,
+) -> dict[WeightSlot, _Place]:
+    """The slots of a chunk with these `parameters` and `layers`, on the rank of these `experts`, and where they lie."""
+    names = frozenset(parameters)
+    places = {
+        slot: _find(slot, names, local_layer, slot.expert - experts.start)
+        for slot, local_layer in _chunk_slots(layers, is_first, is_last, dimensions, experts)
+    }
+    unclaimed = names - {place.parameter for place in places.values()}
+    assert not unclaimed, f"parameters without a Hugging Face name: {sorted(unclaimed)}"
+    return places
+
+
+def _chunk_slots(
+    layers: tuple[int, ...], is_first: bool, is_last: bool, dimensions: Dimensions, experts: range
+) -> Iterator[tuple[WeightSlot, int]]:
     """The slots of one chunk, each with the number of its layer in the chunk."""
-    if chunk.pre_process or (chunk.post_process and dimensions.tied_embeddings):
+    if is_first or (is_last and dimensions.tied_embeddings):
         yield WeightSlot(EMBEDDING), 0
-    for local_layer, module in enumerate(chunk.decoder.layers):
-        layer = module.layer_number - 1
+    for local_layer, layer in enumerate(layers):
         for slot in layer_slots(layer, is_moe=dimensions.moe_layers[layer], experts=experts):
             yield slot, local_layer
-    if chunk.post_process:
+    if is_last:
         yield WeightSlot(FINAL_NORM), 0
         if not dimensions.tied_embeddings:
             yield WeightSlot(OUTPUT), 0
@@ -186,11 +214,11 @@ class _Groups(NamedTuple):
         )
 
 
-def _find(slot: WeightSlot, parameters: dict[str, Tensor], layer: int, expert: int) -> tuple[str, Tensor]:
+def _find(slot: WeightSlot, parameters: frozenset[str], layer: int, expert: int) -> _Place:
     for template in slot.kind.megatron:
         name, _, index = template.format(layer=layer, expert=expert).partition("[")
         if name in parameters:
-            return name, parameters[name][int(index.rstrip("]"))] if index else parameters[name]
+            return _Place(name, int(index.rstrip("]")) if index else None)
     raise AssertionError(f"the model has no parameter for {slot.names}")
 
 

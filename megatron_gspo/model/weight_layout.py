@@ -120,6 +120,8 @@ class GateAndUp:
     def merge(self, shards: Sequence[Tensor], dimensions: Dimensions) -> tuple[Tensor, ...]:
         """All gates, all ups."""
         del dimensions
+        if len(shards) == 1:  # as it mostly is, and of this there is one an expert
+            return shards[0].chunk(2)
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return _join(gates, 0), _join(ups, 0)
 
@@ -291,8 +293,8 @@ def layer_slots(layer: int, *, is_moe: bool, experts: range) -> Iterator[WeightS
     """The weights of one layer, with those of `experts` if it has any."""
     for kind in (*ATTENTION, *((ROUTER,) if is_moe else DENSE_MLP)):
         yield WeightSlot(kind, layer)
-    for expert in experts if is_moe else ():
-        for kind in EXPERT_MLP:
+    for kind in EXPERT_MLP if is_moe else ():
+        for expert in experts:  # one after the other, as a parameter that stacks them holds them
             yield WeightSlot(kind, layer, expert)
 
 

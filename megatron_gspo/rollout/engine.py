@@ -76,10 +76,9 @@ class RolloutEngine(Protocol):
 
         `weights` yields every parameter once, whole, under the name it has in a Hugging Face checkpoint (each expert's
         matrices under the expert's own names). It is consumed as it comes, so neither side holds a second copy of the
-        model, and a tensor may be overwritten by its producer once the next one has been asked for. UserError or
-        TrainingFailedError when they cannot be used (a parameter is missing, unknown, given twice or of the wrong shape;
-        a server refuses them); the engine then refuses to generate until an update succeeds, because it may hold parts
-        of two policies.
+        model; a tensor stays as it is until this returns. UserError or TrainingFailedError when they cannot be used (a
+        parameter is missing, unknown, given twice or of the wrong shape; a server refuses them); the engine then refuses
+        to generate until an update succeeds, because it may hold parts of two policies.
         """
 
     def release_memory(self) -> None:

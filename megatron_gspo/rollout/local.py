@@ -24,6 +24,7 @@ from megatron_gspo.rollout.cpu_layers import use_cpu_layers
 from megatron_gspo.rollout.decoding import decode
 from megatron_gspo.rollout.engine import RolloutEngine
 from megatron_gspo.rollout.open_groups import Slot, filled, joined, open_slots
+from megatron_gspo.rollout.weight_copy import RunCopier
 from megatron_gspo.types import OpenGroup, Response, SamplingSettings, UserError
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
@@ -73,7 +74,7 @@ class LocalEngine(RolloutEngine):
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy each tensor into the model in place, converting its dtype; see `RolloutEngine.update_weights`."""
         self._weight_version = None
-        missing = dict(self._destinations)
+        missing, copier = dict(self._destinations), RunCopier()
         for name, tensor in weights:
             destination = missing.pop(name, None)
             if destination is None:
@@ -84,12 +85,13 @@ class LocalEngine(RolloutEngine):
                     f"weights version {version}: {name} has shape {list(tensor.shape)}, "
                     f"the rollout model's config makes it {list(destination.shape)}"
                 )
-            destination.copy_(tensor)
+            copier.add(tensor, destination)
         if missing:
             raise UserError(
                 f"weights version {version}: {len(missing)} of {len(self._destinations)} parameters are missing, "
                 f"the first is {next(iter(missing))}"
             )
+        copier.finish()
         self._weight_version = version
 
     def generate_until(

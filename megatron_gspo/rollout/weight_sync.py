@@ -25,7 +25,7 @@ class WeightSync(Protocol):
     def publish(self, weights: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Make the weights ready to be sent, or send them already; only the process that owns the servers does this.
 
-        `weights` is consumed by the calling thread. A tensor may be overwritten once the next one has been asked for.
+        `weights` is consumed by the calling thread. A tensor stays as it is until this returns.
 
         Raises:
             RequestRefusedError: a server does not take these weights.

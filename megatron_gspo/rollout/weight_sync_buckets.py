@@ -6,11 +6,14 @@ dtypes and shapes from which a server finds them again (`srt/weight_sync/tensor_
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+from megatron_gspo.rollout.weight_copy import WAITING_BYTES, Run
 
 
 @dataclass(frozen=True)
@@ -39,50 +42,68 @@ def pack(
     """Copy weights into buckets, in order.
 
     Args:
-        weights: a tensor is copied before the next one is asked for.
+        weights: a tensor stays as it is until its bucket is there.
         bucket_bytes: a bucket's largest size; a single larger tensor has a bucket of its own.
         spare: `Bucket.data` of buckets that are no longer needed. What is used again is taken out; a bucket that is done
             with meanwhile may be put in. New memory costs more than the copy: the kernel clears every page of it first.
     """
-    left, filling = [] if spare is None else spare, _Filling(None)
+    left = [] if spare is None else spare
+    filling: _Filling | None = None
     for name, tensor in weights:
-        if filling.names and not filling.has_room(tensor):
+        num_bytes = tensor.nbytes
+        if filling is not None and not filling.has_room(num_bytes, tensor.itemsize):
             yield filling.bucket()
-            filling = _Filling(None)
-        if filling.memory is None:
-            filling.memory = _memory(max(bucket_bytes, tensor.nbytes), left, pinned=tensor.is_cuda)
-        filling.add(name, tensor)
-    if filling.names:
+            filling = None
+        if filling is None:
+            filling = _Filling(_memory(max(bucket_bytes, num_bytes), left, pinned=tensor.is_cuda))
+        filling.add(name, tensor, num_bytes)
+    if filling is not None:
         yield filling.bucket()
 
 
 class _Filling:
     """A bucket to which tensors are still added."""
 
-    def __init__(self, memory: torch.Tensor | None) -> None:
-        self.memory = memory
-        self.names: list[str] = []
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self._names: list[str] = []
         self._dtypes: list[str] = []
         self._shapes: list[tuple[int, ...]] = []
-        self._used = 0
+        self._waiting: list[Run] = []  # what has been added and not been copied yet
+        self._size, self._used, self._copied = len(memory), 0, 0
 
-    def has_room(self, tensor: torch.Tensor) -> bool:
+    def has_room(self, num_bytes: int, itemsize: int) -> bool:
         """Whether a tensor fits in, and would begin where the server can read its dtype."""
-        assert self.memory is not None, "it was made for its first tensor"
-        return self._used + tensor.nbytes <= len(self.memory) and self._used % tensor.itemsize == 0
+        return self._used + num_bytes <= self._size and self._used % itemsize == 0
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        assert self.memory is not None, "it was made for its first tensor"
-        end = self._used + tensor.nbytes
-        self.memory[self._used : end].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
-        self.names.append(name)
-        self._dtypes.append(str(tensor.dtype).removeprefix("torch."))
+    def add(self, name: str, tensor: torch.Tensor, num_bytes: int) -> None:
+        """Take in a tensor, which stays as it is until `bucket`."""
+        if self._waiting and self._waiting[-1].is_continued_by(tensor):
+            self._waiting[-1].append(tensor)
+        else:
+            if self._used - self._copied >= WAITING_BYTES:
+                self._copy()
+            self._waiting.append(Run(tensor))
+        self._names.append(name)
+        self._dtypes.append(_name_of(tensor.dtype))
         self._shapes.append(tuple(tensor.shape))
-        self._used = end
+        self._used += num_bytes
 
     def bucket(self) -> Bucket:
-        assert self.memory is not None, "it was made for its first tensor"
-        return Bucket(tuple(self.names), tuple(self._dtypes), tuple(self._shapes), self.memory[: self._used])
+        """All that was added."""
+        self._copy()
+        return Bucket(tuple(self._names), tuple(self._dtypes), tuple(self._shapes), self._memory[: self._used])
+
+    def _copy(self) -> None:
+        for source in [run.flat() for run in self._waiting]:
+            start, self._copied = self._copied, self._copied + source.nbytes
+            self._memory[start : self._copied].view(source.dtype).copy_(source)
+        self._waiting.clear()
+
+
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _memory(size: int, spare: list[torch.Tensor], *, pinned: bool) -> torch.Tensor:

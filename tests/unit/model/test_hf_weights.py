@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_an_exported_weight_that_is_copied_outlives_a_change_of_the_model(checkp
     copies = {name: tensor.clone() for name, tensor in export_hf_weights(chunks)}
     initialize_weights(chunks, seed=1, initializer_range=0.1)
     assert_bit_equal(copies, stored_tensors(checkpoint))
+
+
+def test_a_layers_experts_leave_in_the_order_in_which_they_lie_in_memory():
+    chunks = build(CONFIGS["moe"])
+    exported = [
+        (name, tensor) for name, tensor in export_hf_weights(chunks) if name.startswith("model.layers.1.mlp.exp")
+    ]
+    for projections in (("gate_proj", "up_proj"), ("down_proj",)):
+        tensors = [tensor for name, tensor in exported if name.split(".")[-2] in projections]
+        assert len(tensors) == 8 * len(projections)
+        for tensor, following in pairwise(tensors):
+            assert following.data_ptr() == tensor.data_ptr() + tensor.nbytes
 
 
 def without(tensors: dict[str, Tensor]) -> None:

@@ -15,11 +15,10 @@ from megatron_gspo.types import TrainingFailedError
 
 
 def weights(count: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that are overwritten once the next is asked for, as an exporter's are; some are not contiguous."""
-    shared = torch.empty(4, 3)
+    """Tensors that nobody else holds, as an exporter's are of what it gathered; some are not contiguous."""
     for number in range(count):
-        shared.fill_(number)
-        yield f"layer.{number}", shared.T if number % 2 else shared
+        tensor = torch.full((4, 3), float(number))
+        yield f"layer.{number}", tensor.T if number % 2 else tensor
 
 
 def test_what_is_published_is_what_was_given_whatever_the_files_size(tmp_path: Path):

@@ -97,11 +97,12 @@ def measure_files(bench: Bench, chunks: Chunks, directory: Path, expected: Weigh
     sync = DiskWeightSync(directory, "run")
     checkpoint, template = directory / "checkpoint", directory / "template"
     data = torch.randint(256, (num_bytes,), dtype=torch.uint8)
+    # Each replaces a file of its own: deleting one takes long where it is on the disk, and nothing where it is not yet.
     sides: dict[str, Callable[[], object]] = {
         "servers": lambda: sync.publish(export_hf_weights(chunks), 1),
         "checkpoint": lambda: save_hf_checkpoint(chunks, checkpoint, template),
         "write": partial(write_raw, directory / "raw", data, sync=False),
-        "write and sync": partial(write_raw, directory / "raw", data, sync=True),
+        "write and sync": partial(write_raw, directory / "raw on the disk", data, sync=True),
     }
     for name, written in (("servers", directory / "run.1"), ("checkpoint", checkpoint)):
         sides[name]()
