@@ -33,6 +33,7 @@ POINTER = "latest"
 
 _NAME = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.(part|old)|\.latest\.part")
+_OF_A_RANK = re.compile(r"__(\d+)_\d+\.distcp")
 _READ_BYTES = 1 << 18  # fits a processor's second-level cache, from which it is hashed
 _READERS = 2  # of files at the same time: while one waits for the disk the other hashes
 
@@ -163,11 +164,15 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
 
 
 def damaged_files(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> list[Path]:
-    """Files that are missing or are not what was written, looking at every `num_shares`th one from the `share`th."""
+    """Files that are missing or are not what was written, of one of the shares into which all files are divided.
+
+    A rank's share has the files that the rank with its number wrote, so that it finds them in memory when it loads them.
+    """
     manifest = read_manifest(checkpoint)
     if manifest is None:
         return [checkpoint / MANIFEST]
-    names = sorted(manifest.files)[share::num_shares]
+    listed = enumerate(sorted(manifest.files))
+    names = [name for place, name in listed if _writer_of(name, otherwise=place) % num_shares == share]
 
     def is_whole(name: str) -> bool:
         path = checkpoint / name
@@ -175,6 +180,12 @@ def damaged_files(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> l
 
     with ThreadPoolExecutor(_READERS) as readers:
         return [checkpoint / name for name, whole in zip(names, readers.map(is_whole, names), strict=True) if not whole]
+
+
+def _writer_of(name: str, *, otherwise: int) -> int:
+    """The rank that wrote a file of Megatron's tensors, by its name; `otherwise` for any other file."""
+    match = _OF_A_RANK.fullmatch(name)
+    return int(match[1]) if match else otherwise
 
 
 def _digest(path: Path, algorithm: str) -> str:

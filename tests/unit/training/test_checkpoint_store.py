@@ -97,6 +97,21 @@ def test_shares_of_the_files_add_up_to_all(store: CheckpointStore):
     assert sorted(found) == ["state.json", "weights.bin"]
 
 
+def test_a_share_has_the_files_that_its_rank_wrote(store: CheckpointStore):
+    aside = store.start(2)
+    written = [f"__{rank}_{part}.distcp" for rank in range(12) for part in range(2)]
+    for name in (*written, "state.json", "common.pt"):
+        (aside / name).write_text("whole")
+    store.finish(2, aside, hash_files(aside, file_names(aside)), keep=1)
+    for file in store.path(2).iterdir():
+        if file.name != "manifest.json":
+            file.write_text("other")
+    found = [{file.name for file in damaged_files(store.path(2), share=share, num_shares=4)} for share in range(4)]
+    assert sum(map(len, found)) == 26
+    for share, names in enumerate(found):
+        assert {f"__{rank}_{part}.distcp" for rank in (share, share + 4, share + 8) for part in range(2)} <= names
+
+
 @pytest.mark.parametrize("text", ["", "{", '{"checkpoint": "step_5"}', '{"checkpoint": 2}', "\xff"])
 def test_a_damaged_pointer_is_named(store: CheckpointStore, text: str):
     save(store, 2)

@@ -26,7 +26,7 @@ from megatron_gspo.rollout.weight_sync_broadcaster import WeightBroadcaster
 from megatron_gspo.rollout.weight_sync_buckets import Bucket, pack
 from megatron_gspo.rollout.weight_sync_disk import DiskWeightSync
 from tools.bench import models
-from tools.bench.files import write_raw
+from tools.bench.files import CLOCK, delete, write_raw
 from tools.bench.harness import Bench, calls, copy_probe
 from tools.bench.receiver import Receiver, plain_broadcast
 
@@ -34,9 +34,8 @@ SHAPES = {
     "hidden_size": 2048,
     "intermediate_size": 768,
     "moe_intermediate_size": 768,
-    "num_experts": 8,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 2,
+    "num_experts": 64,
+    "num_hidden_layers": 1,
     "vocab_size": 272,
 }
 BUCKET_BYTES = 32 * 2**20
@@ -97,10 +96,14 @@ def measure_files(bench: Bench, chunks: Chunks, directory: Path, expected: Weigh
     sync = DiskWeightSync(directory, "run")
     checkpoint, template = directory / "checkpoint", directory / "template"
     data = torch.randint(256, (num_bytes,), dtype=torch.uint8)
-    # Each replaces a file of its own: deleting one takes long where it is on the disk, and nothing where it is not yet.
+
+    def save_checkpoint() -> None:
+        delete(checkpoint)
+        save_hf_checkpoint(chunks, checkpoint, template)
+
     sides: dict[str, Callable[[], object]] = {
         "servers": lambda: sync.publish(export_hf_weights(chunks), 1),
-        "checkpoint": lambda: save_hf_checkpoint(chunks, checkpoint, template),
+        "checkpoint": save_checkpoint,
         "write": partial(write_raw, directory / "raw", data, sync=False),
         "write and sync": partial(write_raw, directory / "raw on the disk", data, sync=True),
     }
@@ -109,7 +112,7 @@ def measure_files(bench: Bench, chunks: Chunks, directory: Path, expected: Weigh
         found = {key: tensor for file in written.glob("*.safetensors") for key, tensor in load_file(file).items()}
         bench.identical(f"files for {name} and the policy's weights", found, expected)
         del found
-    times = bench.alternate(sides, clock=time.perf_counter)
+    times = bench.alternate(sides, clock=CLOCK)
     ratio = times.ratio("write and sync", "servers")
     bench.figure("files for servers: plain write + fsync's time / ours", ratio, better="higher", aim=0.7)
     bench.figure("the same beside a write without fsync", times.ratio("write", "servers"), better="higher")
