@@ -11,6 +11,8 @@ import argparse
 import contextlib
 import gc
 import logging
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -108,7 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
     }
     try:
-        return commands[parsed.command](parsed, given)
+        status = commands[parsed.command](parsed, given)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        return EXIT_FAILED
     except UserError as error:
         if not error.said_elsewhere:
             print(f"megatron-gspo: {error}", file=sys.stderr)
@@ -117,6 +125,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _is_first_rank() or not error.of_all_ranks:
             print(f"megatron-gspo: {error}", file=sys.stderr)
         return EXIT_FAILED
+
+
+def _nobody_reads() -> bool:
+    """Whether who read our output has left, as in `doctor | head`; what is still written then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    has_left = any(event & select.POLLERR for _, event in output.poll(0))
+    if has_left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return has_left
 
 
 def parse(given: Sequence[str]) -> argparse.Namespace:

@@ -35,7 +35,8 @@ _NAME = re.compile(r"step_(\d+)")
 _LEFTOVER = re.compile(r"\.step_\d+\.(part|old)|\.latest\.part")
 _OF_A_RANK = re.compile(r"__(\d+)_\d+\.distcp")
 _READ_BYTES = 1 << 18  # fits a processor's second-level cache, from which it is hashed
-_READERS = 2  # of files at the same time: while one waits for the disk the other hashes
+#: Files that are read at the same time: while one waits for the disk the other is copied or hashed.
+READERS = 2
 
 #: What a manifest may name. Written is the first; the other stands in older ones.
 _ALGORITHMS: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
@@ -178,7 +179,7 @@ def damaged_files(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> l
         path = checkpoint / name
         return path.is_file() and _digest(path, manifest.algorithm) == manifest.files[name]
 
-    with ThreadPoolExecutor(_READERS) as readers:
+    with ThreadPoolExecutor(READERS) as readers:
         return [checkpoint / name for name, whole in zip(names, readers.map(is_whole, names), strict=True) if not whole]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from megatron_gspo.cli import parse
@@ -36,3 +39,12 @@ def test_what_no_command_takes_is_refused_by_name(words: list[str], named: str, 
         parse(words)
     assert refused.value.code == 2
     assert capsys.readouterr().err.endswith(f"error: unrecognized arguments: {named}\n")
+
+
+def test_who_has_read_enough_sees_no_traceback():
+    command = [sys.executable, "-m", "megatron_gspo", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as doctor:
+        assert doctor.stdout is not None and doctor.stderr is not None
+        doctor.stdout.close()
+        assert doctor.stderr.read() == ""
+    assert doctor.returncode == 1
