@@ -243,8 +243,8 @@ class TrainingSection(Section):
     keep_checkpoints: Positive = 2
     """Newest checkpoints that are kept; older ones are deleted."""
     background_save: Switch = True
-    """Go on as soon as the state is copied to host memory, and write it beside the run. Off waits until it is written,
-    and without a GPU saves the memory of that copy."""
+    """Go on as soon as the save is planned; copy the state to host memory beside the rollouts, and write it beside the
+    run. Off waits until it is written, and without a GPU saves the memory of that copy."""
     max_skipped_updates: Positive = 3
     """Updates in a row that may be skipped for a non-finite loss or gradient before the run stops."""
 

@@ -24,7 +24,7 @@ from megatron_gspo.rollout.cpu_layers import use_cpu_layers
 from megatron_gspo.rollout.decoding import decode
 from megatron_gspo.rollout.engine import RolloutEngine
 from megatron_gspo.rollout.open_groups import Slot, filled, joined, open_slots
-from megatron_gspo.rollout.weight_copy import RunCopier
+from megatron_gspo.rollout.weight_copy import WeightCopier
 from megatron_gspo.types import OpenGroup, Response, SamplingSettings, UserError
 
 SUPPORTED_MODEL_TYPES = ("qwen3", "qwen3_moe")
@@ -74,7 +74,7 @@ class LocalEngine(RolloutEngine):
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Copy each tensor into the model in place, converting its dtype; see `RolloutEngine.update_weights`."""
         self._weight_version = None
-        missing, copier = dict(self._destinations), RunCopier()
+        missing, copier = dict(self._destinations), WeightCopier()
         for name, tensor in weights:
             destination = missing.pop(name, None)
             if destination is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 WAITING_BYTES = 2**25
 
 
-class Run:
+class Stretch:
     """Tensors of one dtype that lie end to end in one storage, or a single tensor that lies in any way."""
 
     def __init__(self, first: Tensor) -> None:
@@ -24,7 +24,7 @@ class Run:
         self._end_address = first.data_ptr() + first.nbytes
 
     def is_continued_by(self, tensor: Tensor) -> bool:
-        """Whether `tensor` begins where the run ends; in the same storage, because no tensor may span two of them."""
+        """Whether `tensor` begins where the stretch ends; in the same storage, because no tensor may span two of them."""
         return (
             tensor.data_ptr() == self._end_address
             and tensor.storage_offset() == self._end
@@ -33,7 +33,7 @@ class Run:
         )
 
     def append(self, tensor: Tensor) -> None:
-        """Take in a tensor that continues the run."""
+        """Take in a tensor that continues the stretch."""
         length = tensor.numel()
         self._length += length
         self._end += length
@@ -44,11 +44,11 @@ class Run:
         return self._first.reshape(-1) if self._end < 0 else self._first.as_strided((self._length,), (1,))
 
 
-class RunCopier:
+class WeightCopier:
     """Copies tensors into others and converts their dtype; when `finish` is called, all of it has happened."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[Run, Run]] = []
+        self._waiting: list[tuple[Stretch, Stretch]] = []
         self._waiting_bytes = 0
 
     def add(self, source: Tensor, target: Tensor) -> None:
@@ -63,7 +63,7 @@ class RunCopier:
         assert target.is_contiguous(), "what is written to is a view"
         if self._waiting_bytes >= WAITING_BYTES:
             self.finish()
-        self._waiting.append((Run(source), Run(target)))
+        self._waiting.append((Stretch(source), Stretch(target)))
         self._waiting_bytes += source.nbytes
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_gspo.rollout.weight_copy import WAITING_BYTES, Run
+from megatron_gspo.rollout.weight_copy import WAITING_BYTES, Stretch
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Filling:
         self._names: list[str] = []
         self._dtypes: list[str] = []
         self._shapes: list[tuple[int, ...]] = []
-        self._waiting: list[Run] = []  # what has been added and not been copied yet
+        self._waiting: list[Stretch] = []  # what has been added and not been copied yet
         self._size, self._used, self._copied = len(memory), 0, 0
 
     def has_room(self, num_bytes: int, itemsize: int) -> bool:
@@ -83,7 +83,7 @@ class _Filling:
         else:
             if self._used - self._copied >= WAITING_BYTES:
                 self._copy()
-            self._waiting.append(Run(tensor))
+            self._waiting.append(Stretch(tensor))
         self._names.append(name)
         self._dtypes.append(_name_of(tensor.dtype))
         self._shapes.append(tuple(tensor.shape))
@@ -95,7 +95,7 @@ class _Filling:
         return Bucket(tuple(self._names), tuple(self._dtypes), tuple(self._shapes), self._memory[: self._used])
 
     def _copy(self) -> None:
-        for source in [run.flat() for run in self._waiting]:
+        for source in [stretch.flat() for stretch in self._waiting]:
             start, self._copied = self._copied, self._copied + source.nbytes
             self._memory[start : self._copied].view(source.dtype).copy_(source)
         self._waiting.clear()

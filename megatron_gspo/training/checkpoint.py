@@ -146,6 +146,19 @@ def sharded_state(policy: TrainablePolicy, *, is_loading: bool) -> dict[str, Any
     return models | {"optimizer": optimizer_state}
 
 
+def own_storages(policy: TrainablePolicy) -> frozenset[int]:
+    """Where the storages begin that updates change: of the models' weights and of what the optimizers hold.
+
+    What else is in `sharded_state` was gathered from other ranks for it.
+    """
+    tensors = [tensor for model in policy.models for tensor in (*model.parameters(), *model.buffers())]
+    for optimizer in policy.optimizer.chained_optimizers:
+        tensors += [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
+        for state in optimizer.optimizer.state.values():
+            tensors += [value for value in state.values() if torch.is_tensor(value)]
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+
 def random_states() -> dict[str, Any]:
     """The states of this rank's random generators, as tensors, numbers and tuples."""
     # The legacy generator is of interest because libraries may draw from it; this project does not.

@@ -28,11 +28,19 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_gspo import parallel
-from megatron_gspo.training.agreement import on_any_rank, on_main_rank, refuse_together
+from megatron_gspo.training.agreement import on_any_rank, on_main_rank
 from megatron_gspo.training.assembly import Run
-from megatron_gspo.training.checkpoint import RANDOM, STATE, SavedState, logger, random_states, sharded_state
+from megatron_gspo.training.checkpoint import (
+    RANDOM,
+    STATE,
+    SavedState,
+    logger,
+    own_storages,
+    random_states,
+    sharded_state,
+)
 from megatron_gspo.training.checkpoint_store import CheckpointStore, file_names, hash_files
-from megatron_gspo.training.checkpoint_writer import Writer, give_own_storages, prepare_writer, storages
+from megatron_gspo.training.checkpoint_writer import Writer, addresses, give_own_storages, prepare_writer
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.main_rank_files import TORCH_COULD_NOT_WRITE, heard_by_all_ranks
 from megatron_gspo.types import TrainingFailedError, UserError
@@ -113,10 +121,10 @@ class CheckpointSaver:
             return
         with self._failing(save.state.step):
             save.writer.join()
+            hashes = _hashes_of_all_ranks(save.writer)
             with heard_by_all_ranks():
                 for finalize in save.request.finalize_fns:
-                    finalize()  # raises on all ranks what any of them met while it wrote
-            hashes = _hashes_of_all_ranks(save.writer)
+                    finalize()  # raises on all ranks what a disk refused any of them
             on_main_rank(lambda: self._complete(save, hashes))
         if parallel.is_main_rank():
             beside = " beside the run" if self._in_background else ""
@@ -133,14 +141,16 @@ class CheckpointSaver:
             if error is None or (isinstance(error, TrainingFailedError) and error.of_all_ranks):
                 self.finish()
         finally:
+            if self._under_way is not None:  # a thread that is inside torch when the interpreter ends brings it down
+                self._under_way.writer.join()
             self.wait_until_deleted()
 
     def _start(self, run: Run, state: SavedState) -> _Save:
         prepare_writer()
         sharded = sharded_state(run.policy, is_loading=False)
         self._num_bytes = int(parallel.sum_over_all_ranks(torch.tensor(_bytes_written_here(sharded))))
+        live = addresses(sharded, own_storages(run.policy)) if self._in_background else frozenset()
         give_own_storages(sharded)
-        live = storages(sharded) if self._in_background else frozenset()
         aside = on_main_rank(lambda: self._make_room(state.step))
         with heard_by_all_ranks():
             request = dist_checkpointing.save(sharded, str(aside), async_sharded_save=True)
@@ -163,28 +173,28 @@ class CheckpointSaver:
         """Hash what the ranks' threads did not write, and make the directory a checkpoint."""
         rest = [name for name in file_names(save.aside) if name not in hashes]
         self._store.finish(save.state.step, save.aside, hashes | hash_files(save.aside, rest), keep=self._keep)
-        self._deletion = threading.Thread(target=self._delete_superseded, name="checkpoint deletion", daemon=True)
+        self._deletion = threading.Thread(target=self._delete_leftovers, name="checkpoint deletion", daemon=True)
         self._deletion.start()
 
-    def _delete_superseded(self) -> None:
-        """Delete what is out of sight: gigabytes take a file system a while."""
+    def _delete_leftovers(self) -> None:
+        """Delete what is out of sight, the files of a save that failed included: gigabytes take a file system a while."""
         try:
             self._store.remove_leftovers()
         except OSError as error:  # the next save tries again, and fails where it cannot
-            logger.warning("superseded checkpoints could not be deleted: %s", error)
+            logger.warning("what is left of older saves could not be deleted: %s", error)
 
     @contextmanager
     def _failing(self, step: int) -> Iterator[None]:
         """Turn what can go wrong with a disk into a `SaveFailedError`, and remove what was written."""
         try:
             yield
-        except (OSError, UserError, CheckpointException, RuntimeError) as error:
+        except (OSError, UserError, CheckpointException, _WriterDiedError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not TORCH_COULD_NOT_WRITE.search(str(error)):
                 raise
             words = self._failure(step, error)
             if parallel.is_main_rank():
                 self.wait_until_deleted()
-                self._store.remove_leftovers()
+                self._delete_leftovers()
             raise SaveFailedError(words) from error
 
     def _failure(self, step: int, error: BaseException) -> str:
@@ -192,11 +202,11 @@ class CheckpointSaver:
         kept = f"the one of step {older[-1]} is untouched" if older else "there is none before it"
         what_next = "go on with --resume" if older else "start anew"
         directory = self._store.directory
+        what = f"step {step}: the checkpoint could not be written to {directory}: {_reason(error)}"
+        if isinstance(error, _WriterDiedError):
+            return f"{what}; {kept}. {what_next.capitalize()} when that is mended"
         left = f", and {_in_words(shutil.disk_usage(directory).free)} are left there" if directory.is_dir() else ""
-        return (
-            f"step {step}: the checkpoint could not be written to {directory}: {_reason(error)}; it takes "
-            f"{_in_words(self._num_bytes)}{left}; {kept}. Make room, then {what_next}"
-        )
+        return f"{what}; it takes {_in_words(self._num_bytes)}{left}; {kept}. Make room, then {what_next}"
 
 
 def _write_own_files(aside: Path, state: SavedState, generators: list[dict[str, Any]]) -> None:
@@ -208,17 +218,20 @@ def _write_own_files(aside: Path, state: SavedState, generators: list[dict[str, 
     (aside / RANDOM).write_bytes(buffer.getvalue())
 
 
+class _WriterDiedError(Exception):
+    """A rank's thread met something else than what a disk refuses, such as the end of the host's memory."""
+
+
 def _hashes_of_all_ranks(writer: Writer) -> dict[str, str]:
     """The digest of each file that the ranks' threads wrote.
 
     Raises:
-        UserError: on all ranks, where the thread of any met what an operating system may refuse.
+        _WriterDiedError: on all ranks, where the thread of any ended early.
     """
-    if writer.error is not None and not isinstance(writer.error, OSError):
-        raise writer.error
-    refusal = str(writer.error) if writer.error is not None else None
-    parts: Sequence[tuple[dict[str, str], str | None]] = parallel.gather_objects((writer.hashes, refusal))
-    refuse_together(next((words for _, words in parts if words is not None), None))
+    death = None if writer.error is None else f"{type(writer.error).__name__}: {writer.error}"
+    parts: Sequence[tuple[dict[str, str], str | None]] = parallel.gather_objects((writer.hashes, death))
+    if deaths := [words for _, words in parts if words is not None]:
+        raise _WriterDiedError(deaths[0]) from writer.error
     return {name: digest for hashes, _ in parts for name, digest in hashes.items()}
 
 

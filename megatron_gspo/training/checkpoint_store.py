@@ -167,13 +167,17 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
 def damaged_files(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> list[Path]:
     """Files that are missing or are not what was written, of one of the shares into which all files are divided.
 
-    A rank's share has the files that the rank with its number wrote, so that it finds them in memory when it loads them.
+    Where as many ranks wrote tensors, a rank's share has those of the rank with its number, which it finds in memory when
+    it loads them.
     """
     manifest = read_manifest(checkpoint)
     if manifest is None:
         return [checkpoint / MANIFEST]
-    listed = enumerate(sorted(manifest.files))
-    names = [name for place, name in listed if _writer_of(name, otherwise=place) % num_shares == share]
+    listed = sorted(manifest.files)
+    writers = {name: int(match[1]) for name in listed if (match := _OF_A_RANK.fullmatch(name))}
+    if len(set(writers.values())) != num_shares:
+        writers = {}
+    names = [name for place, name in enumerate(listed) if writers.get(name, place) % num_shares == share]
 
     def is_whole(name: str) -> bool:
         path = checkpoint / name
@@ -181,12 +185,6 @@ def damaged_files(checkpoint: Path, *, share: int = 0, num_shares: int = 1) -> l
 
     with ThreadPoolExecutor(READERS) as readers:
         return [checkpoint / name for name, whole in zip(names, readers.map(is_whole, names), strict=True) if not whole]
-
-
-def _writer_of(name: str, *, otherwise: int) -> int:
-    """The rank that wrote a file of Megatron's tensors, by its name; `otherwise` for any other file."""
-    match = _OF_A_RANK.fullmatch(name)
-    return int(match[1]) if match else otherwise
 
 
 def _digest(path: Path, algorithm: str) -> str:

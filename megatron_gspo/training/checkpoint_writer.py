@@ -10,7 +10,6 @@ needs CUDA. Copying, writing, syncing and hashing leave Python's lock to the run
 
 from __future__ import annotations
 
-import functools
 import importlib
 import io
 import queue
@@ -38,8 +37,8 @@ class Writer(threading.Thread):
 
     Args:
         request: what Megatron leaves to do.
-        live: where the storages lie that the run will change (`storages`); their tensors are copied before `copied` is
-            set. Nothing is where the run waits for the save.
+        live: where the tensors begin that the run will change (`addresses`); they are copied before `copied` is set.
+            Empty where the run waits for the save.
     """
 
     def __init__(self, request: AsyncRequest, live: Set[int]) -> None:
@@ -71,15 +70,17 @@ class Writer(threading.Thread):
         if self._request.preload_fn is None:
             return []
 
-        copies: dict[int, torch.Tensor] = {}  # float32 weights are saved twice, as the model's and as the optimizer's
+        # Float32 weights are saved twice, as the model's and as the optimizer's.
+        copies: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
 
         def kept(tensor: torch.Tensor) -> torch.Tensor:
-            where = tensor.untyped_storage().data_ptr()
-            if where not in self._live:
+            start = tensor.untyped_storage().data_ptr()
+            if start not in self._live:
                 return tensor
-            if where not in copies:
-                copies[where] = tensor.clone()
-            return copies[where].view(tensor.shape)
+            memory = start, tensor.nbytes, tensor.dtype
+            if memory not in copies:
+                copies[memory] = tensor.clone()
+            return copies[memory].view(tensor.shape)
 
         return [
             (path, name, (in_bytes, [(item, kept(tensor)) for item, tensor in tensors]))
@@ -97,9 +98,10 @@ def give_own_storages(sharded: dict[str, Any]) -> None:
         value.data = _with_own_storage(value.data)
 
 
-def storages(sharded: dict[str, Any]) -> frozenset[int]:
-    """Where the memory begins of every storage in `sharded`."""
-    return frozenset(value.data.untyped_storage().data_ptr() for value in _held(sharded))
+def addresses(sharded: dict[str, Any], storages: Set[int]) -> frozenset[int]:
+    """Where the tensors of `sharded` begin that lie in one of these storages, which are given by where they begin."""
+    data = (value.data for value in _held(sharded))
+    return frozenset(tensor.data_ptr() for tensor in data if tensor.untyped_storage().data_ptr() in storages)
 
 
 def _held(sharded: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory]:
@@ -116,9 +118,8 @@ def _with_own_storage(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-@functools.cache
 def prepare_writer() -> None:
-    """Have Megatron write checkpoints within the rank. Call it before the first save; again is harmless."""
+    """Have Megatron write the next checkpoint within the rank; nothing that an earlier one left is taken for its own."""
     # dist_checkpointing/strategies/filesystem_async.py: a rank forks processes that write, and waits for each to report;
     # one that dies without a report (it is killed, or psutil, asked for a debug message, is missing) is waited for for
     # ever. Reports go through a server of `multiprocessing` that outlives a killed rank and holds its output open.
@@ -136,15 +137,11 @@ def _write_in_this_process(
     Files are written at the same time, so that the disk is kept busy. Returns the digest of each by its name.
     """
     del transforms, rank
-    # torch would check-sum every record of its archives, at the speed of the writing; the files are hashed.
-    sums = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
     files = [_File(index, bucket, use_msc) for index, bucket in enumerate(buckets)]
     for file in files:
         file.start()
     for file in files:
         file.join()
-    torch.serialization.set_crc32_options(sums)
     failure = next((file.outcome for file in files if isinstance(file.outcome, Exception)), None)
     results.put(failure or {index: file.outcome for index, file in enumerate(files)})
     return {Path(file.path).name: file.digest.hexdigest() for file in files}
@@ -162,6 +159,9 @@ class _File(threading.Thread):
         self.outcome: Any = RuntimeError(f"{self.path}: its writer ended without a report")
 
     def run(self) -> None:
+        # torch would check-sum every record of its archives, which takes as long as writing them; the file is hashed. The
+        # option is a thread's own.
+        torch.serialization.set_crc32_options(False)
         module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
         report: queue.SimpleQueue[Any] = queue.SimpleQueue()
         unfinished: queue.Queue[int] = queue.Queue()

@@ -153,7 +153,9 @@ def take_step(progress: Progress) -> bool:
     step = reached.step + 1
     experience = run.collector.collect(step, run.policy.version)
     run.collector.sample_ahead(step + 1, run.policy.version + 1)
-    progress.saver.wait_until_copied()
+    clock = Stopwatch()
+    with clock.measure("copy"):
+        progress.saver.wait_until_copied()
     result = learn(run, experience, step, progress.skipped)
     reached.go_on_to(run, step, step_line(step, run, result.metrics))
     if progress.directory is not None and result.volatility:
@@ -162,7 +164,7 @@ def take_step(progress: Progress) -> bool:
     run.collector.go_on()  # what a hand-over of weights held up
     # A signal may reach one rank only, and between any two steps of the others.
     stopping = on_any_rank(progress.stop.requested)
-    checkpoint_s = save_if_due(progress, line, stopping=stopping)
+    checkpoint_s = clock.seconds["copy"] + save_if_due(progress, line, stopping=stopping)
     record(progress.directory, progress.display, line | {"time/checkpoint_s": checkpoint_s})
     return stopping
 

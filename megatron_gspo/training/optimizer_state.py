@@ -1,4 +1,4 @@
-"""Optimizer states on their way into a checkpoint, where no other rank has a part of them.
+"""Optimizer states on their way into a checkpoint and out of it, where no other rank has a part of them.
 
 In: Megatron's distributed optimizers. Out: within `without_gathering`, those whose data-parallel group is this rank alone
 (experts that are on no other rank, or a run of one replica) give their states as they are. Megatron-Core 0.16.1 would copy
@@ -45,7 +45,10 @@ def without_gathering(optimizers: Iterable[Any]) -> Iterator[None]:
 
 
 def _as_they_are(optimizer: Any, **options: Any) -> dict[Any, Any]:
-    """What `get_parameter_state_dp_zero` returns; `options` say how to gather."""
+    """What `get_parameter_state_dp_zero` returns; `options` say how to gather, and to give empty tensors for a load.
+
+    A load fills the live states instead.
+    """
     del options
     found: dict[Any, Any] = {"buckets_coalesced": True}
     for index, by_dtype in enumerate(optimizer.gbuf_ranges):

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import dist_checkpointing
@@ -22,6 +23,7 @@ from megatron_gspo.training.assembly import Run, assemble
 from megatron_gspo.training.checkpoint import load_checkpoint
 from megatron_gspo.training.checkpoint_saver import CheckpointSaver, SaveFailedError
 from megatron_gspo.training.checkpoint_store import CheckpointStore
+from megatron_gspo.training.checkpoint_writer import Writer
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.loop import learn
 from megatron_gspo.training.resume import find_checkpoint
@@ -117,7 +119,8 @@ def writers_held_back() -> Iterator[None]:
 def fail_to_save(recipe: str, options: list[str], directory: str) -> dict[str, str]:
     """Save step 1; then step 2, of which a rank's disk refuses a file each time; then step 3. The refusals, by that file.
 
-    Refused is what the last rank writes, and each file that Megatron writes on the first rank alone.
+    Refused is what the last rank writes, and each file that Megatron writes on the first rank alone. At last, as "memory",
+    the last rank cannot copy.
     """
     run = assembled(recipe, options)
     store = CheckpointStore(Path(directory))
@@ -139,6 +142,10 @@ def fail_to_save(recipe: str, options: list[str], directory: str) -> dict[str, s
                 disk.enter_context(file_size_limited(event, named, 10))
             refusals[file] = refusal_of(lambda: (saver.save(run, 2, SkippedUpdates(0), {"step": 2}), saver.finish()))
         assert store.steps() == [1], "seen by every rank"
+    with contextlib.ExitStack() as memory:
+        if torch.distributed.get_rank() == world_size - 1:
+            memory.enter_context(mock.patch.object(Writer, "_on_host", side_effect=MemoryError("no room for a copy")))
+        refusals["memory"] = refusal_of(lambda: (saver.save(run, 2, SkippedUpdates(0), {"step": 2}), saver.finish()))
     saver.save(run, 3, SkippedUpdates(0), {"step": 3})
     saver.finish()
     return refusals

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_gspo.rollout import weight_copy
-from megatron_gspo.rollout.weight_copy import RunCopier
+from megatron_gspo.rollout.weight_copy import WeightCopier
 from megatron_gspo.rollout.weight_sync_buckets import pack
 
 
@@ -31,7 +31,7 @@ class CountedCopies(TorchDispatchMode):
 
 def copied(sources: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> list[int]:
     """The sizes of the copies that took `sources` to `targets`."""
-    copier = RunCopier()
+    copier = WeightCopier()
     with CountedCopies() as copies:
         for source, target in zip(sources, targets, strict=True):
             copier.add(source, target)
@@ -81,12 +81,12 @@ def test_tensors_that_are_not_contiguous_or_of_another_dtype_arrive_one_by_one()
 
 def test_a_target_that_is_no_view_of_memory_end_to_end_is_refused():
     with pytest.raises(AssertionError, match="written to"):
-        RunCopier().add(torch.zeros(4, 3), torch.zeros(3, 4).T)
+        WeightCopier().add(torch.zeros(4, 3), torch.zeros(3, 4).T)
 
 
 def test_only_so_much_waits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(weight_copy, "WAITING_BYTES", 40)
-    copier = RunCopier()
+    copier = WeightCopier()
     sources, targets = [torch.randn(4) for _ in range(5)], [torch.zeros(4) for _ in range(5)]
     with CountedCopies() as copies:
         for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
