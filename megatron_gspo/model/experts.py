@@ -134,12 +134,10 @@ class GroupedExperts(MegatronModule):
         ) -> list[ShardedTensor]:
             # `key` is not the one below: layers and optimizers rename a factory after it was made.
             assert flattened_range is None, f"{key}: flattened optimizer shards of experts are not supported"
-            if name.endswith("weight2"):
-                return [shard(key, tensor, 2, rank, size, replica_id)]
             # All ranks' gate rows come before all ranks' up rows, so that any number of ranks can load them. One rank's
             # are so as they lie, and need no copy.
-            if size == 1:
-                return [shard(key, tensor, 1, 0, 1, replica_id)]
+            if name.endswith("weight2") or size == 1:
+                return [shard(key, tensor, 2, rank, size, replica_id)]
             gate, up = tensor.chunk(2, dim=1)
             return [
                 shard(key, gate, 1, rank, 2 * size, replica_id),

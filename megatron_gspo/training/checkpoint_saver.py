@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -40,7 +39,7 @@ from megatron_gspo.training.checkpoint import (
     sharded_state,
 )
 from megatron_gspo.training.checkpoint_store import CheckpointStore, file_names, hash_files
-from megatron_gspo.training.checkpoint_writer import Writer, addresses, give_own_storages, prepare_writer
+from megatron_gspo.training.checkpoint_writer import Writer, addresses, give_own_storages, held_here, prepare_writer
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.main_rank_files import TORCH_COULD_NOT_WRITE, heard_by_all_ranks
 from megatron_gspo.types import TrainingFailedError, UserError
@@ -237,8 +236,7 @@ def _hashes_of_all_ranks(writer: Writer) -> dict[str, str]:
 
 def _bytes_written_here(sharded: dict[str, Any]) -> int:
     """Bytes of the tensors that this rank writes: each is written by the first rank that has it."""
-    held = (value for value in nested_values(sharded) if isinstance(value, ShardedTensor | ShardedTensorFactory))
-    return sum(value.data.nbytes for value in held if is_main_replica(value.replica_id))
+    return sum(value.data.nbytes for value in held_here(sharded) if is_main_replica(value.replica_id))
 
 
 def _reason(error: BaseException) -> str:

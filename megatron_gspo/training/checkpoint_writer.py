@@ -10,7 +10,6 @@ needs CUDA. Copying, writing, syncing and hashing leave Python's lock to the run
 
 from __future__ import annotations
 
-import importlib
 import io
 import queue
 import threading
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from megatron_gspo.platform import device
@@ -94,17 +94,18 @@ def give_own_storages(sharded: dict[str, Any]) -> None:
     Megatron copies those whose storages hold more (strategies/filesystem_async.py, `_clone_if_needed`), since torch would
     write the whole storage; and most weights are parts of one buffer.
     """
-    for value in _held(sharded):
+    for value in held_here(sharded):
         value.data = _with_own_storage(value.data)
 
 
 def addresses(sharded: dict[str, Any], storages: Set[int]) -> frozenset[int]:
     """Where the tensors of `sharded` begin that lie in one of these storages, which are given by where they begin."""
-    data = (value.data for value in _held(sharded))
+    data = (value.data for value in held_here(sharded))
     return frozenset(tensor.data_ptr() for tensor in data if tensor.untyped_storage().data_ptr() in storages)
 
 
-def _held(sharded: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory]:
+def held_here(sharded: dict[str, Any]) -> list[ShardedTensor | ShardedTensorFactory]:
+    """What of `sharded` this rank has data of."""
     kinds = ShardedTensor | ShardedTensorFactory
     return [value for value in nested_values(sharded) if isinstance(value, kinds) and value.data is not None]
 
@@ -123,7 +124,7 @@ def prepare_writer() -> None:
     # dist_checkpointing/strategies/filesystem_async.py: a rank forks processes that write, and waits for each to report;
     # one that dies without a report (it is killed, or psutil, asked for a debug message, is missing) is waited for for
     # ever. Reports go through a server of `multiprocessing` that outlives a killed rank and holds its output open.
-    module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    module: Any = filesystem_async
     module._results_queue = queue.SimpleQueue()
     module._process_memory = lambda: 0
     module.FileSystemWriterAsync.write_preloaded_data_multiproc = staticmethod(_write_in_this_process)
@@ -159,14 +160,13 @@ class _File(threading.Thread):
         self.outcome: Any = RuntimeError(f"{self.path}: its writer ended without a report")
 
     def run(self) -> None:
-        # torch would check-sum every record of its archives, which takes as long as writing them; the file is hashed. The
+        # torch would check-sum every record of its archives, which takes about as long as writing them; the file is hashed. The
         # option is a thread's own.
         torch.serialization.set_crc32_options(False)
-        module: Any = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
         report: queue.SimpleQueue[Any] = queue.SimpleQueue()
         unfinished: queue.Queue[int] = queue.Queue()
         unfinished.put(self._index)
-        module.FileSystemWriterAsync.write_preloaded_data(
+        filesystem_async.FileSystemWriterAsync.write_preloaded_data(
             [self], self._index, self._bucket, report, unfinished, use_fsync=True, use_msc=self._use_msc
         )
         _, self.outcome = report.get()

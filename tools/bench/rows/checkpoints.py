@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from megatron.core import dist_checkpointing
 
@@ -25,7 +24,7 @@ from megatron_gspo.config import load_recipe
 from megatron_gspo.training.assembly import Run, assemble
 from megatron_gspo.training.checkpoint import load_checkpoint
 from megatron_gspo.training.checkpoint_saver import CheckpointSaver
-from megatron_gspo.training.checkpoint_store import CheckpointStore, file_names, hash_files
+from megatron_gspo.training.checkpoint_store import CheckpointStore
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.resume import find_checkpoint
 from tools.bench import models
@@ -65,8 +64,6 @@ def measure(bench: Bench) -> None:
         parts = [beside.parts() for _ in range(2 * bench.rounds)]
         stalls = [stall / (stall + rest) for stall, rest in parts]
         bench.figure("stall of a background save / the save", stalls, better="lower", aim=0.05)
-        times = bench.alternate({"digests": partial(digests, store), "save": waiting.save}, rounds=2)
-        bench.note(f"digests / the whole save {np.mean(times.ratio('digests', 'save')):.0%} of processor time")
         bench.note("a background save, the run's thread: " + calls(beside.start))
         beside.finish()
         bench.note("a load: " + calls(partial(load, run, store)))
@@ -161,12 +158,6 @@ def tensors(checkpoint: Path) -> Mapping[str, torch.Tensor]:
     """All that a checkpoint holds."""
     found = dist_checkpointing.load_plain_tensors(str(checkpoint))
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def digests(store: CheckpointStore) -> None:
-    """Of the newest checkpoint's files."""
-    checkpoint = store.path(store.steps()[-1])
-    hash_files(checkpoint, file_names(checkpoint))
 
 
 def load(run: Run, store: CheckpointStore) -> None:

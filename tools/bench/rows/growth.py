@@ -3,9 +3,9 @@
 Time is processor time of the rank that takes most, memory its peak beyond the program. Beside each the formula: bytes as
 `megatron_gspo.memory` reckons them, and seconds as operations of matrix products, parameters updated, layers and a
 constant, at costs fitted to the sizes on one rank, and bytes that leave a rank, at the cost that two ranks show; for four
-and eight the formula is a prediction. So for bytes in memory: a factor for what the allocator cannot use again, and what is there at
-any size. The ranks share the 8-fold tokens and the experts on two cores, so only what each computes is measured, not how
-long they wait.
+and eight the formula is a prediction. So for bytes in memory: a factor for what the allocator cannot use again, and what is
+there at any size. The ranks share the 8-fold tokens and the experts on two cores, so only what each computes is measured,
+not how long they wait.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""TRL's step: `python -m tools.bench.steps.trls CHECKPOINT MAX_RESPONSE_TOKENS`, told by `turns.Teller`. Runs where TRL is installed.
+"""TRL's step: `python -m tools.bench.steps.trls CHECKPOINT MAX_RESPONSE_TOKENS`, told by `turns.Teller`.
 
-A step is a generation and the four optimizer steps on it; the trainer's own loop goes on, and waits where the next begins.
+Runs where TRL is installed. A step is a generation and the four optimizer steps on it; the trainer's own loop goes on, and
+waits where the next begins.
 """
 
 from __future__ import annotations
