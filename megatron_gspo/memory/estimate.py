@@ -184,11 +184,11 @@ def _activations(recipe: Recipe, shapes: ModelShapes, stage: int, element_bytes:
 
 
 def _logits(recipe: Recipe, shapes: ModelShapes, element_bytes: int) -> int:
-    """log_probs.py, backward: log p and p of a chunk, their gradient in the model's dtype, and the weight's gradient in
-    float32; at the end, without a chunk, the latter and its copy in the model's dtype."""
+    """log_probs.py, backward: log p and p of a chunk and their gradient in the model's dtype; then, without a chunk, what
+    stands for the weight's gradient. (That itself is among the gradients already.)"""
     rows = shapes.vocabulary // recipe.parallel.tensor
     chunk = recipe.model.log_probs_chunk_tokens * rows * (2 * FLOAT32 + element_bytes)
-    return rows * shapes.hidden * FLOAT32 + max(chunk, rows * shapes.hidden * element_bytes)
+    return max(chunk, rows * shapes.hidden * element_bytes)
 
 
 def _routing_cache(recipe: Recipe, shapes: ModelShapes, stage: int) -> int:

@@ -40,7 +40,8 @@ def token_log_probs(
 
     Args:
         hidden: [T, H] float32 or bfloat16, what the output layer reads. T may be 0; the graph stays connected.
-        weight: [R, H], this rank's rows of the output layer; ranks hold equally many, in rank order.
+        weight: [R, H], this rank's rows of the output layer; ranks hold equally many, in rank order. Where Megatron's
+            data-parallel wrapper has given it a float32 `main_grad`, its gradient is added to that (see Returns).
         targets: [T] int64, token ids in the whole vocabulary.
         temperature: logits are divided by it; above 0.
         chunk_tokens: tokens whose logits exist at one time.
@@ -53,7 +54,9 @@ def token_log_probs(
     Returns:
         Log-probs [T] and entropies [T] in nats (None without `with_entropy`), float32 (float64 for float64 input).
         Gradients flow through both. The gradient of `hidden` is the part owed to this rank's rows: whatever gave
-        `hidden` to all ranks of the group sums it over them, as for any column-parallel layer.
+        `hidden` to all ranks of the group sums it over them, as for any column-parallel layer. What autograd is handed
+        for a weight with a `main_grad` means nothing: as after Megatron's own fused layers, `grad_added_to_main_grad`
+        says that the wrapper has nothing left to add.
 
     Under tensor parallelism all ranks of the group must call this and pass the same gradients back, which follows when
     they compute the same loss. The backward pass relies on it: each rank by itself leaves out the tokens whose incoming
@@ -103,6 +106,7 @@ class _Context(FunctionCtx):
     shard: _VocabularyShard
     temperature: float
     chunk_tokens: int
+    memory: Tensor | None  # `_memory_of_logits`, to be used again
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -119,6 +123,7 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         rows = _rows_to_multiply(hidden, weight, shard)
         statistics = _Statistics.empty(hidden, rows)
+        memory = None
         if shard.num_rows:
             memory = _memory_of_logits(rows, min(chunk_tokens, len(targets)))
             for start in range(0, len(targets), chunk_tokens):
@@ -134,52 +139,103 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, targets, log_normalizer, entropy)  # type: ignore[arg-type]  # None is allowed
         ctx.set_materialize_grads(False)
         ctx.shard, ctx.temperature, ctx.chunk_tokens = shard, temperature, chunk_tokens
+        # A GPU's allocator hands memory out again, and has other uses for it before the backward pass.
+        ctx.memory = memory if hidden.device.type == "cpu" and any(ctx.needs_input_grad) else None
         return log_probs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, targets, log_normalizer, entropy = ctx.saved_tensors
-        rows = _rows_to_multiply(hidden, weight, ctx.shard)
+        hidden, weight, _, log_normalizer, _ = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        # One accumulator for all chunks, in the precision of the logits whatever the weight's.
-        grad_weight = torch.empty_like(weight, dtype=log_normalizer.dtype) if needs_weight else None
+        grad_weight = _WeightGradient.of(weight, log_normalizer.dtype) if needs_weight else None
+        _add_gradients(ctx, grad_log_probs, grad_entropy, grad_hidden, grad_weight)
+        return grad_hidden, None if grad_weight is None else grad_weight.for_autograd(), *(None,) * 5
 
-        carries_gradient = torch.zeros_like(targets, dtype=torch.bool)
-        for gradient in (grad_log_probs, grad_entropy):
-            if gradient is not None:
-                carries_gradient |= gradient != 0
-        tokens = carries_gradient.nonzero().squeeze(1)
-        if grad_weight is not None:  # the first chunk's product overwrites; rows that none reaches stay 0
-            grad_weight[ctx.shard.num_rows if len(tokens) else 0 :].zero_()
+
+def _add_gradients(
+    ctx: _Context,
+    grad_log_probs: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_hidden: Tensor | None,
+    grad_weight: _WeightGradient | None,
+) -> None:
+    """Recompute the logits of the tokens that carry a gradient, chunk by chunk, and add what they owe."""
+    hidden, weight, targets, log_normalizer, entropy = ctx.saved_tensors
+    rows = _rows_to_multiply(hidden, weight, ctx.shard)
+    carries_gradient = torch.zeros_like(targets, dtype=torch.bool)
+    for gradient in (grad_log_probs, grad_entropy):
+        if gradient is not None:
+            carries_gradient |= gradient != 0
+    tokens = carries_gradient.nonzero().squeeze(1)
+    memory, ctx.memory = ctx.memory, None
+    if memory is None:
         memory = _memory_of_logits(rows, min(ctx.chunk_tokens, len(tokens)))
-        for start in range(0, len(tokens) if ctx.shard.num_rows else 0, ctx.chunk_tokens):
-            chunk = tokens[start : start + ctx.chunk_tokens]
-            hidden_chunk = hidden[chunk]
-            grad_logits = _scaled_logits(hidden_chunk, rows, ctx.temperature, memory)
-            target_rows, owned = ctx.shard.locate(targets[chunk])
-            for part in _parts(grad_logits):
-                tokens_of_part = chunk[part]
-                _logits_to_gradient(
-                    grad_logits[part],
-                    log_normalizer[tokens_of_part],
-                    None if grad_log_probs is None else grad_log_probs[tokens_of_part],
-                    None
-                    if grad_entropy is None or entropy is None
-                    else (grad_entropy[tokens_of_part], entropy[tokens_of_part]),
-                    ctx.temperature,
-                )
-            if grad_log_probs is not None:
-                of_target = grad_log_probs[chunk].where(owned, 0) / ctx.temperature
-                grad_logits.scatter_add_(1, target_rows[:, None], of_target[:, None])
-            grad_logits = grad_logits.to(rows.dtype)
-            if grad_hidden is not None:
-                grad_hidden[chunk] = (grad_logits @ rows).to(hidden.dtype)
-            if grad_weight is not None:
-                products = grad_weight[: ctx.shard.num_rows]
-                _add_product(products, grad_logits.t(), hidden_chunk.to(rows.dtype), overwrite=start == 0)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *(None,) * 5
+    for start in range(0, len(tokens) if ctx.shard.num_rows else 0, ctx.chunk_tokens):
+        chunk = tokens[start : start + ctx.chunk_tokens]
+        hidden_chunk, normalizer_chunk = hidden[chunk], log_normalizer[chunk]
+        of_log_probs = None if grad_log_probs is None else grad_log_probs[chunk]
+        of_entropy = None if grad_entropy is None or entropy is None else (grad_entropy[chunk], entropy[chunk])
+        grad_logits = _scaled_logits(hidden_chunk, rows, ctx.temperature, memory)
+        target_rows, owned = ctx.shard.locate(targets[chunk])
+        for part in _parts(grad_logits):
+            _logits_to_gradient(
+                grad_logits[part],
+                normalizer_chunk[part],
+                None if of_log_probs is None else of_log_probs[part],
+                None if of_entropy is None else (of_entropy[0][part], of_entropy[1][part]),
+                ctx.temperature,
+            )
+        if of_log_probs is not None:
+            of_target = of_log_probs.where(owned, 0) / ctx.temperature
+            grad_logits.scatter_add_(1, target_rows[:, None], of_target[:, None])
+        grad_logits = grad_logits.to(rows.dtype)
+        if grad_hidden is not None:
+            grad_hidden[chunk] = (grad_logits @ rows).to(hidden.dtype)
+        if grad_weight is not None:
+            grad_weight.add(grad_logits, hidden_chunk.to(rows.dtype))
+
+
+class _WeightGradient:
+    """What chunks add to the gradient of the weight [R, H], in the precision of the logits whatever the weight's.
+
+    Where the weight has a `main_grad` of that precision, there: a gradient of its own would be 1.2 GB for Qwen3-30B-A3B,
+    made anew, rounded to the weight's precision and added by every micro-batch.
+    """
+
+    def __init__(self, weight: Tensor, total: Tensor, *, is_main: bool) -> None:
+        self._weight = weight
+        self._total = total  # [R, H], padding rows too
+        self._is_main = is_main
+        self._num_set = len(weight) if is_main else 0  # first rows that hold numbers, the others' memory is unset
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype) -> _WeightGradient:
+        main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        if main_grad is not None and main_grad.dtype == dtype:
+            return cls(weight, main_grad, is_main=True)
+        return cls(weight, torch.empty_like(weight, dtype=dtype), is_main=False)
+
+    def add(self, grad_logits: Tensor, hidden: Tensor) -> None:
+        """Add a chunk's, from [C, rows without padding] and [C, H]."""
+        num_rows = grad_logits.shape[1]
+        total, beta = self._total[:num_rows], 1 if self._num_set else 0  # at 0 what `total` holds is not read
+        if total.dtype == hidden.dtype:
+            torch.addmm(total, grad_logits.t(), hidden, beta=beta, out=total)
+        else:
+            torch.addmm(total, grad_logits.t(), hidden, beta=beta, out_dtype=total.dtype, out=total)
+        self._num_set = max(self._num_set, num_rows)
+
+    def for_autograd(self) -> Tensor | None:
+        """What the backward pass returns for the weight."""
+        if not self._is_main:
+            self._total[self._num_set :].zero_()
+            return self._total.to(self._weight.dtype)
+        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # Megatron's name
+        # An embedding tied to the output layer has a gradient of its own, which Megatron adds: nothing may come to it.
+        # Elsewhere the hook that starts a bucket's reduction wants to see a gradient, whatever is in it.
+        return None if getattr(self._weight, "zero_out_wgrad", False) else torch.empty_like(self._weight)
 
 
 @dataclass
@@ -283,12 +339,3 @@ def _scaled_logits(hidden: Tensor, rows: Tensor, temperature: float, memory: Ten
     else:
         torch.mm(hidden, rows.t(), out_dtype=logits.dtype, out=logits)
     return logits if temperature == 1 else logits.div_(temperature)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, *, overwrite: bool) -> None:
-    """total += left @ right in place, in `total`'s precision; with `overwrite` total = left @ right."""
-    beta = 0 if overwrite else 1  # at 0 what `total` holds is not read
-    if total.dtype == left.dtype:
-        torch.addmm(total, left, right, beta=beta, out=total)
-    else:
-        torch.addmm(total, left, right, beta=beta, out_dtype=total.dtype, out=total)

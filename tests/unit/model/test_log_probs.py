@@ -182,11 +182,63 @@ class AllocationRecorder(TorchDispatchMode):
         return result
 
 
-def test_the_full_logits_never_exist_and_the_weight_gradient_is_made_once() -> None:
+def test_the_full_logits_never_exist_and_a_chunks_memory_and_the_weight_gradient_are_made_once() -> None:
     num_tokens, vocabulary, hidden_size, chunk_tokens = 96, 32_768, 8, 16
     hidden, weight, targets = problem(num_tokens, vocabulary, hidden_size)
     with AllocationRecorder() as recorder:
         outputs = token_log_probs(hidden, weight, targets, chunk_tokens=chunk_tokens)
         sum(o.sum() for o in outputs if o is not None).backward()  # type: ignore[union-attr]
     assert max(recorder.num_elements) == chunk_tokens * vocabulary
+    assert (
+        recorder.num_elements.count(chunk_tokens * vocabulary) == 1
+    )  # in the forward pass; the backward pass has it too
     assert recorder.num_elements.count(vocabulary * hidden_size) == 1
+
+
+def with_main_grad(weight: Tensor, main_grad: Tensor) -> Tensor:
+    """What Megatron's data-parallel wrapper makes of a parameter."""
+    weight.main_grad, weight.grad_added_to_main_grad = main_grad, False  # type: ignore[attr-defined]
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_with_a_main_grad_has_its_gradient_added_there_unrounded(dtype: torch.dtype) -> None:
+    hidden, weight, targets = problem(13, dtype=dtype)
+    exact_inputs = tuple(x.detach().double().requires_grad_() for x in (hidden, weight))
+    expected = gradients(naive(*exact_inputs, targets), exact_inputs)
+    main_grad = torch.full(weight.shape, 0.25)
+    with_main_grad(weight, main_grad)
+    for micro_batch in (1, 2):
+        outputs = token_log_probs(hidden, weight, targets, chunk_tokens=5)
+        grad_hidden, _ = gradients(outputs, (hidden, weight))
+        assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+        torch.testing.assert_close(main_grad.double(), 0.25 + micro_batch * expected[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grad_hidden.double(), expected[0], rtol=2**-8, atol=1e-4)
+
+
+def test_padding_rows_of_a_main_grad_stay_as_they_are() -> None:
+    hidden, weight, targets = problem(11, vocabulary=64)
+    with_main_grad(weight, torch.zeros(64, 16))
+    targets %= 40
+    gradients(token_log_probs(hidden, weight, targets, vocabulary_size=40), (hidden, weight))
+    assert weight.main_grad[:40].all(dim=1).all()  # type: ignore[attr-defined]
+    assert not weight.main_grad[40:].any()  # type: ignore[attr-defined]
+
+
+def test_a_main_grad_of_less_precision_is_left_to_megatron() -> None:
+    hidden, weight, targets = problem(9)
+    expected = gradients(token_log_probs(hidden, weight, targets), (hidden, weight))
+    with_main_grad(weight, torch.zeros(weight.shape, dtype=torch.bfloat16))
+    found = gradients(token_log_probs(hidden, weight, targets), (hidden, weight))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert not weight.main_grad.any()  # type: ignore[attr-defined]
+    assert not weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+
+
+def test_to_an_embedding_tied_to_the_output_layer_nothing_is_added_but_its_own_gradient() -> None:
+    hidden, weight, targets = problem(9)
+    with_main_grad(weight, torch.zeros(weight.shape))
+    weight.zero_out_wgrad = True  # type: ignore[attr-defined]  # Megatron's mark of tied embeddings
+    log_probs, _ = token_log_probs(hidden, weight, targets)
+    assert torch.autograd.grad(log_probs.sum(), weight, allow_unused=True) == (None,)
+    assert weight.main_grad.all()  # type: ignore[attr-defined]

@@ -162,7 +162,7 @@ def test_a_gradient_whose_norm_overflows_skips_the_update(tmp_path: Path):
     mini_batch = mini_batch_of(make_samples(), recipe)
     old = token_log_probs(policy.chunks, mini_batch.micro_batches, temperature=1.0)
     # Each entry is finite; the sum of their squares is not.
-    policy.models[0].output_layer.weight.register_hook(lambda gradient: gradient * 1e28)
+    policy.models[0].decoder.final_layernorm.weight.register_hook(lambda gradient: gradient * 1e28)
     skipped = SkippedUpdates(3)
     loss = MiniBatchLoss(recipe, mini_batch, old, None)
     update_policy(policy, mini_batch, loss, skipped, 1, Totals(), measure_mismatch=False)

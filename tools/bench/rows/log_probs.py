@@ -1,8 +1,9 @@
 """Log-prob and entropy from hidden states, forward and backward, at Qwen3-30B-A3B's vocabulary and hidden size.
 
-Beside the naive computation, which forms all logits, TRL's chunked function and verl's. Two floors: of time, the matrix
-products that recomputing the logits takes, 8 · tokens · hidden · vocabulary operations; of memory, nothing but the
-gradient of the weight, so the peak is given as a share of the logits' bytes.
+Beside the naive computation, which forms all logits, TRL's chunked function and verl's. Every side adds to gradients that
+are there already, as the micro-batches of a training step do: ours to Megatron's, the others to autograd's. Two floors: of
+time, the matrix products that recomputing the logits takes, 8 · tokens · hidden · vocabulary operations; of memory,
+nothing but the gradient of the weight, so the peak is given as a share of the logits' bytes.
 
 TRL's and verl's functions give the gradients of log-prob and entropy too; what they leave out is said beside the figures.
 """
@@ -19,14 +20,15 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
+from megatron_gspo.config import ModelSection
 from megatron_gspo.model.log_probs import token_log_probs
 from tools.bench.harness import Bench, alternate
 from tools.bench.memory import peak_bytes
 
 VOCABULARY, HIDDEN = 151_936, 2048
-TOKENS = 512  # where time is measured: a naive side of half a minute
-MEMORY_TOKENS, MEMORY_HIDDEN = 2048, 32  # hidden states small beside logits, as they are in any real model
-CHUNK_TOKENS = 256  # ours and verl's; TRL's tiles are as its trainer makes them
+CHUNK_TOKENS = ModelSection.model_fields["log_probs_chunk_tokens"].default  # as training's; the peers' are their own
+TOKENS = CHUNK_TOKENS  # where time is measured: a naive side of half a minute. Every further chunk costs the same
+MEMORY_TOKENS, MEMORY_HIDDEN = 8 * CHUNK_TOKENS, 32  # hidden states small beside logits, as they are in any real model
 
 Side = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -42,7 +44,10 @@ def measure(bench: Bench) -> None:
             bench.same(f"gradient of {what}, {name} beside naive", left, right, tolerance=2e-4)
     del expected, found, left, right
     gc.collect()
-    runs = {name: partial(gradients, side, hidden, weight, targets, coefficients) for name, side in sides.items()}
+    runs = {
+        name: partial(accumulate, side, hidden, trained(weight, name), targets, coefficients)
+        for name, side in sides.items()
+    }
     times = bench.alternate(runs | {"floor": products(hidden, weight)}, rounds=max(2, bench.rounds // 2))
     for name in ("naive", "TRL", "verl"):
         bench.figure(f"{name}'s time / ours", times.ratio(name, "ours"), better="higher", aim=1.0)
@@ -77,7 +82,8 @@ def measure_memory(bench: Bench, sides: dict[str, Side]) -> None:
     """Peak memory as a share of the logits' bytes: the same every time, so measured once."""
     for name, side in sides.items():
         tokens = MEMORY_TOKENS if name != "naive" else MEMORY_TOKENS // 8
-        run = partial(gradients, side, *problem(tokens, MEMORY_HIDDEN))
+        hidden, weight, targets, coefficients = problem(tokens, MEMORY_HIDDEN)
+        run = partial(accumulate, side, hidden, trained(weight, name), targets, coefficients)
         share = peak_bytes(run) / (tokens * VOCABULARY * 4)
         aim = 0.25 if name == "ours" else None
         bench.figure(f"peak memory of {name} / the logits' bytes", [share], better="lower", aim=aim)
@@ -97,9 +103,26 @@ def problem(num_tokens: int, hidden_size: int = HIDDEN) -> tuple[Tensor, Tensor,
 
 
 def gradients(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+    """Of hidden states and weight, alone."""
+    hidden, weight = hidden.detach().requires_grad_(), trained(weight, "ours" if side is ours else "theirs")
+    accumulate(side, hidden, weight, targets, coefficients)
+    return hidden.grad, weight.main_grad if side is ours else weight.grad  # type: ignore[return-value]
+
+
+def accumulate(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> None:
+    """Add the gradients to those that are there."""
     log_probs, entropy = side(hidden, weight, targets)
-    total = (log_probs * coefficients[:, 0] + entropy * coefficients[:, 1]).sum()
-    return torch.autograd.grad(total, (hidden, weight))
+    (log_probs * coefficients[:, 0] + entropy * coefficients[:, 1]).sum().backward()
+    if side is ours:
+        weight.grad = None  # as Megatron's hook leaves it
+
+
+def trained(weight: Tensor, side: str) -> Tensor:
+    """The same weight as a parameter; ours as Megatron's data-parallel wrapper leaves one."""
+    parameter = weight.detach().requires_grad_()
+    if side == "ours":
+        parameter.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+    return parameter
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +144,7 @@ def trls(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 
 def verls(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    return FusedLinearForPPO(chunk_size=CHUNK_TOKENS)(hidden, weight, targets)
+    return FusedLinearForPPO()(hidden, weight, targets)
 
 
 def products(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
