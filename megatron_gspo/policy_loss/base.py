@@ -87,5 +87,5 @@ class PolicyLossOutput:
     """A call's part of the mini-batch's loss, and what was seen on the way. All but `loss` is detached."""
 
     loss: torch.Tensor  # 0-d, to be minimised; over a mini-batch's micro-batches and ranks it sums to the mini-batch's
-    metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # name -> (sum, count), 0-d float64; both add up
-    maxima: Mapping[str, torch.Tensor]  # name -> 0-d float64; combined by taking the largest
+    metrics: Mapping[str, tuple[torch.Tensor, float]]  # name -> (sum, 0-d; count); both add up
+    maxima: Mapping[str, torch.Tensor]  # name -> 0-d; combined by taking the largest

@@ -46,7 +46,6 @@ from megatron_gspo.policy_loss.kl import KLEstimator, kl_per_token
 from megatron_gspo.policy_loss.metrics import (
     Metric,
     importance_metrics,
-    mean_metric,
     ratio_maxima,
     ratio_metrics,
     surrogate_metrics,
@@ -106,12 +105,12 @@ def policy_loss(
     values, metrics = _weighted_by_importance(surrogate.values, chosen, ratios, behaviour, cap)
     policy_sum = -weighting.weighted_sum(values, chosen.unit)
     loss = policy_sum / weighting.denominator
-    metrics |= {"loss/policy": mean_metric(policy_sum, weighting.share)}
+    metrics |= {"loss/policy": (policy_sum.detach(), weighting.share)}
     assert kl_coefficient == 0 or reference_log_probs is not None, "a KL penalty needs the reference's log-probs"
     if reference_log_probs is not None:
         kl = kl_per_token(log_probs, constants["reference log-prob"], kl_estimator)
         kl_sum = weighting.weighted_sum(kl, "token")
-        metrics["loss/kl"] = mean_metric(kl_sum, weighting.share)
+        metrics["loss/kl"] = (kl_sum.detach(), weighting.share)
         if kl_coefficient != 0:  # an infinite estimate that is only measured must not become 0 · ∞
             loss = loss + kl_coefficient * kl_sum / weighting.denominator
     metrics |= ratio_metrics(ratios) | surrogate_metrics(surrogate, chosen.unit, segments)

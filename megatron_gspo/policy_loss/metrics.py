@@ -13,7 +13,8 @@ the bound that was crossed (a dual clip is high); `clip/sequence_fraction` is th
 one token's gradient. The effective sample fraction (Σw)² / (T Σw²) is over tokens in every objective, with the ratio
 that objective weights the token by, so that objectives compare: 1 when all weights are equal.
 
-Everything is detached, float64 (counts stay exact, moments do not cancel) and stays on the device.
+Sums are detached and stay on the device, those of clip fractions exact and those of weights in float64, where squares do
+not overflow; counts are the host's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from megatron_gspo.policy_loss.ratio import ImportanceRatios
 from megatron_gspo.policy_loss.segments import Segments
 from megatron_gspo.policy_loss.trust_region import Surrogate
 
-Metric = tuple[torch.Tensor, torch.Tensor]
+Metric = tuple[torch.Tensor, float]
 
 
 def ratio_metrics(ratios: ImportanceRatios) -> dict[str, Metric]:
@@ -39,30 +40,29 @@ def ratio_metrics(ratios: ImportanceRatios) -> dict[str, Metric]:
 def ratio_maxima(ratios: ImportanceRatios) -> dict[str, torch.Tensor]:
     """Largest |log-ratio| of a token and of a response; 0 for a call without responses."""
     return {
-        "ratio/token_abs_log_max": ratios.token_abs_log_max.double(),
-        "ratio/sequence_abs_log_max": abs_max(ratios.sequence_log).double(),
+        "ratio/token_abs_log_max": ratios.token_abs_log_max,
+        "ratio/sequence_abs_log_max": abs_max(ratios.sequence_log),
     }
 
 
 def surrogate_metrics(surrogate: Surrogate, unit: str, segments: Segments) -> dict[str, Metric]:
     """Clip fractions, and the moments of the importance weights, of a surrogate with one entry a `unit`."""
-    lengths = segments.lengths.double()
-    num_tokens, num_responses = _count(segments.num_tokens, lengths), _count(segments.num_responses, lengths)
     low, high, weights = surrogate.clipped_low, surrogate.clipped_high, surrogate.log_ratio.exp().double()
     clipped = low | high
     if unit == "response":  # an entry stands for each of the response's tokens
-        low_tokens, high_tokens = torch.dot(low.double(), lengths), torch.dot(high.double(), lengths)
-        weight, weight_squared = torch.dot(weights, lengths), torch.dot(weights * weights, lengths)
+        entries = torch.stack([low.double(), high.double(), weights, weights.square()])
+        low_tokens, high_tokens, weight, weight_squared = (entries @ segments.lengths.double()).unbind()
         clipped_responses = clipped
     else:
-        low_tokens, high_tokens = low.count_nonzero().double(), high.count_nonzero().double()
+        low_tokens, high_tokens = low.count_nonzero(), high.count_nonzero()
         weight, weight_squared = weights.sum(), torch.dot(weights, weights)
         clipped_responses = segments.sum(clipped.float()) > 0
+    num_tokens, num_responses = segments.num_tokens, segments.num_responses
     return {
         "clip/token_fraction": (low_tokens + high_tokens, num_tokens),
         "clip/low_fraction": (low_tokens, num_tokens),
         "clip/high_fraction": (high_tokens, num_tokens),
-        "clip/sequence_fraction": (clipped_responses.count_nonzero().double(), num_responses),
+        "clip/sequence_fraction": (clipped_responses.count_nonzero(), num_responses),
         "ratio/weight": (weight, num_tokens),
         "ratio/weight_squared": (weight_squared, num_tokens),
     }
@@ -70,16 +70,10 @@ def surrogate_metrics(surrogate: Surrogate, unit: str, segments: Segments) -> di
 
 def importance_metrics(weights: torch.Tensor, truncated: torch.Tensor) -> dict[str, Metric]:
     """Mean truncated importance weight, and the share that was truncated, of tokens: [T] float, [T] bool."""
-    count = _count(len(weights), weights)
     return {
-        "mismatch/importance_weight_mean": (weights.double().sum(), count),
-        "mismatch/importance_truncated_fraction": (truncated.count_nonzero().double(), count),
+        "mismatch/importance_weight_mean": (weights.double().sum(), len(weights)),
+        "mismatch/importance_truncated_fraction": (truncated.count_nonzero(), len(weights)),
     }
-
-
-def mean_metric(total: torch.Tensor, share: float) -> Metric:
-    """A mean's (sum, count): the 0-d sum before division, and this call's share of what it is divided by."""
-    return total.detach().double(), _count(share, total)
 
 
 def finalize_metrics(totals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
@@ -100,10 +94,5 @@ def finalize_metrics(totals: Mapping[str, tuple[float, float]]) -> dict[str, flo
 
 
 def _moments(name: str, values: torch.Tensor) -> dict[str, Metric]:
-    values, count = values.detach(), _count(len(values), values)
-    return {name: (values.sum().double(), count), f"{name}_squared": (torch.dot(values, values).double(), count)}
-
-
-def _count(number: float, like: torch.Tensor) -> torch.Tensor:
-    # Filled on the device: copying a number there would make the host wait.
-    return torch.full((), number, dtype=torch.float64, device=like.device)
+    values = values.detach()
+    return {name: (values.sum(), len(values)), f"{name}_squared": (torch.dot(values, values), len(values))}

@@ -69,10 +69,11 @@ def test_what_counted_nothing_is_left_out():
     }
 
 
-def test_metrics_and_maxima_are_detached_float64_scalars():
+def test_sums_and_maxima_are_detached_scalars_and_counts_the_hosts():
     output = policy_loss("gspo", *make_case(LENGTHS, spread=0.1).arguments())
-    scalars = [part for pair in output.metrics.values() for part in pair] + list(output.maxima.values())
-    assert all(scalar.shape == () and scalar.dtype == torch.float64 and not scalar.requires_grad for scalar in scalars)
+    scalars = [total for total, _ in output.metrics.values()] + list(output.maxima.values())
+    assert all(scalar.shape == () and not scalar.requires_grad for scalar in scalars)
+    assert all(isinstance(count, int) for _, count in output.metrics.values())
 
 
 class _CountHostReads(TorchDispatchMode):
