@@ -29,7 +29,7 @@ from megatron_gspo import parallel
 from megatron_gspo.model.policy import PolicyModel
 from megatron_gspo.platform import detect_machine
 from megatron_gspo.training.assembly import Run
-from megatron_gspo.training.checkpoint_reader import files_read_at_once
+from megatron_gspo.training.checkpoint_reader import read_in_place
 from megatron_gspo.training.guards import SkippedUpdates
 from megatron_gspo.training.identity import model_identity
 from megatron_gspo.training.optimizer import TrainablePolicy
@@ -101,7 +101,7 @@ def load_checkpoint(run: Run, checkpoint: Path, state: SavedState, skipped: Skip
     """Put `run` where the verified `checkpoint` was taken. Every rank takes part."""
     policy = run.policy
     with torch.no_grad():
-        with files_read_at_once():
+        with read_in_place():
             loaded = dist_checkpointing.load(sharded_state(policy, is_loading=True), str(checkpoint))
         for name, model in _named_models(policy).items():
             model.load_state_dict(loaded[name])
