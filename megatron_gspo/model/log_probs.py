@@ -56,7 +56,8 @@ def token_log_probs(
         Gradients flow through both. The gradient of `hidden` is the part owed to this rank's rows: whatever gave
         `hidden` to all ranks of the group sums it over them, as for any column-parallel layer. What autograd is handed
         for a weight with a `main_grad` means nothing: as after Megatron's own fused layers, `grad_added_to_main_grad`
-        says that the wrapper has nothing left to add.
+        says that the wrapper has nothing left to add, so within a step nothing but an embedding tied to it may give such a
+        weight a gradient in another way.
 
     Under tensor parallelism all ranks of the group must call this and pass the same gradients back, which follows when
     they compute the same loss. The backward pass relies on it: each rank by itself leaves out the tokens whose incoming
@@ -106,6 +107,7 @@ class _Context(FunctionCtx):
     shard: _VocabularyShard
     temperature: float
     chunk_tokens: int
+    parameter: Tensor  # the weight itself, which an unpacked saved tensor need not be
     memory: Tensor | None  # `_memory_of_logits`, to be used again
 
 
@@ -138,7 +140,7 @@ class _TokenLogProbs(torch.autograd.Function):
         entropy = statistics.sum_exp.log() - statistics.weighted / statistics.sum_exp if with_entropy else None
         ctx.save_for_backward(hidden, weight, targets, log_normalizer, entropy)  # type: ignore[arg-type]  # None is allowed
         ctx.set_materialize_grads(False)
-        ctx.shard, ctx.temperature, ctx.chunk_tokens = shard, temperature, chunk_tokens
+        ctx.shard, ctx.temperature, ctx.chunk_tokens, ctx.parameter = shard, temperature, chunk_tokens, weight
         # A GPU's allocator hands memory out again, and has other uses for it before the backward pass.
         ctx.memory = memory if hidden.device.type == "cpu" and any(ctx.needs_input_grad) else None
         return log_probs, entropy
@@ -146,10 +148,10 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: _Context, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        hidden, weight, _, log_normalizer, _ = ctx.saved_tensors
+        hidden, _, _, log_normalizer, _ = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        grad_weight = _WeightGradient.of(weight, log_normalizer.dtype) if needs_weight else None
+        grad_weight = _WeightGradient.of(ctx.parameter, log_normalizer.dtype) if needs_weight else None
         _add_gradients(ctx, grad_log_probs, grad_entropy, grad_hidden, grad_weight)
         return grad_hidden, None if grad_weight is None else grad_weight.for_autograd(), *(None,) * 5
 

@@ -38,7 +38,7 @@ class Aggregation:
         """Sum `values` ([N] or [T], as `unit` says) with the responses' weights: 0-d, still to be divided by the denominator."""
         assert len(values) == (self.segments.num_responses if unit == "response" else self.segments.num_tokens)
         response_means = values if unit == "response" else self.segments.mean(values)
-        return torch.dot(response_means, self.response_weights)
+        return torch.dot(response_means, self.response_weights.to(response_means.dtype))
 
 
 def make_aggregation(

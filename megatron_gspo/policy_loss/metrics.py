@@ -13,8 +13,8 @@ the bound that was crossed (a dual clip is high); `clip/sequence_fraction` is th
 one token's gradient. The effective sample fraction (Σw)² / (T Σw²) is over tokens in every objective, with the ratio
 that objective weights the token by, so that objectives compare: 1 when all weights are equal.
 
-Sums are detached and stay on the device, those of clip fractions exact and those of weights in float64, where squares do
-not overflow; counts are the host's.
+Sums are detached and stay on the device: those of clip fractions exact, those of weights in float64, where squares of
+float32 do not overflow, the others in the log-probs' dtype. Counts are the host's.
 """
 
 from __future__ import annotations

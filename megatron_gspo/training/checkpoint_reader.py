@@ -25,14 +25,13 @@ from torch.distributed.checkpoint import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
-from megatron_gspo.platform import detect_machine
 from megatron_gspo.training.checkpoint_store import READERS
 
 
 @contextmanager
 def read_in_place() -> Iterator[None]:
     """Within it Megatron reads checkpoints as this module does."""
-    # Megatron-Core 0.16.1 makes its reader there, and takes none from outside.
+    # Megatron-Core 0.16.1 makes its reader there, and takes none from outside. (Its reader of object storage is left out.)
     module: Any = torch_strategy
     make_reader = module._get_filesystem_reader
     module._get_filesystem_reader = lambda checkpoint, **_: InPlaceReader(checkpoint)
@@ -83,6 +82,7 @@ def _read_tensor(
     assert part.shape == target.shape, f"{item.storage_index} is {tuple(part.shape)}, not {tuple(target.shape)}"
     if not part.numel():
         return
+    # A private name, which torch's own tutorial on GPUDirect Storage reads tensors by.
     begin = offset + saved.untyped_storage()._checkpoint_offset + part.storage_offset() * part.element_size()
     if target.device.type == "cpu" and target.dtype == part.dtype and target.is_contiguous() and part.is_contiguous():
         _read_bytes(file, begin, target)
@@ -105,7 +105,7 @@ def _read_bytes(file: BinaryIO, begin: int, into: Tensor) -> None:
 
 
 class _ReusedMemory:
-    """A thread's memory for what cannot be read to where it belongs: on a GPU, in other strides, of another dtype."""
+    """A file's memory for what cannot be read to where it belongs: on a GPU, in other strides, of another dtype."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
@@ -114,5 +114,6 @@ class _ReusedMemory:
         """`count` elements, which hold anything; what was taken before is given up."""
         num_bytes = count * dtype.itemsize
         if len(self._bytes) < num_bytes:
-            self._bytes = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=detect_machine().has_cuda)
+            # Not pinned: torch would keep pinned memory, rounded up to a power of two, for the rest of the run.
+            self._bytes = torch.empty(num_bytes, dtype=torch.uint8)
         return self._bytes[:num_bytes].view(dtype)

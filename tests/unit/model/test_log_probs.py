@@ -189,9 +189,8 @@ def test_the_full_logits_never_exist_and_a_chunks_memory_and_the_weight_gradient
         outputs = token_log_probs(hidden, weight, targets, chunk_tokens=chunk_tokens)
         sum(o.sum() for o in outputs if o is not None).backward()  # type: ignore[union-attr]
     assert max(recorder.num_elements) == chunk_tokens * vocabulary
-    assert (
-        recorder.num_elements.count(chunk_tokens * vocabulary) == 1
-    )  # in the forward pass; the backward pass has it too
+    # The forward pass makes a chunk's memory, and the backward pass has it too.
+    assert recorder.num_elements.count(chunk_tokens * vocabulary) == 1
     assert recorder.num_elements.count(vocabulary * hidden_size) == 1
 
 
@@ -214,6 +213,24 @@ def test_a_weight_with_a_main_grad_has_its_gradient_added_there_unrounded(dtype:
         assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
         torch.testing.assert_close(main_grad.double(), 0.25 + micro_batch * expected[1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(grad_hidden.double(), expected[0], rtol=2**-8, atol=1e-4)
+
+
+def test_no_tokens_and_no_gradients_leave_a_main_grad_as_it_is() -> None:
+    hidden, weight, targets = problem(7)
+    with_main_grad(weight, torch.full(weight.shape, 0.25))
+    for num_tokens in (0, 7):
+        log_probs, _ = token_log_probs(hidden[:num_tokens], weight, targets[:num_tokens])
+        (0 * log_probs.sum()).backward()
+        assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+        assert (weight.main_grad == 0.25).all()  # type: ignore[attr-defined]
+
+
+def test_a_second_backward_pass_gives_what_the_first_gave() -> None:
+    hidden, weight, targets = problem(9)
+    log_probs, _ = token_log_probs(hidden, weight, targets, chunk_tokens=4)
+    first = torch.autograd.grad(log_probs.sum(), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(log_probs.sum(), (hidden, weight))
+    torch.testing.assert_close(second, first, rtol=0, atol=0)
 
 
 def test_padding_rows_of_a_main_grad_stay_as_they_are() -> None:

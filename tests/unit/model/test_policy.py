@@ -1,10 +1,12 @@
 """The policy on Megatron-Core computes what Transformers computes: logits, log-probs and gradients."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from transformers import PreTrainedModel
 
@@ -112,6 +114,28 @@ def test_gradients_equal_transformers(name: str, tmp_path: Path):
     for weight, gradient in export_hf_weights([expected]):
         torch.testing.assert_close(
             found[weight], gradient, rtol=1e-4, atol=1e-4, msg=lambda text, w=weight: f"{w}: {text}"
+        )
+
+
+@pytest.mark.parametrize("is_overlapped", [False, True], ids=["", "gradients reduced during the backward pass"])
+@pytest.mark.parametrize("name", ["moe", "moe, tied embeddings"])
+def test_megatrons_wrapper_is_left_with_the_gradients_of_both_micro_batches(
+    name: str, is_overlapped: bool, tmp_path: Path
+):
+    reference = reference_model(CONFIGS[name])
+    batches = [micro_batch(sequences(lengths)) for lengths in ([7, 12, 3], [5, 9])]
+    plain, policy = (policy_like(reference, tmp_path) for _ in range(2))
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=is_overlapped)
+    wrapped = DistributedDataParallel(policy.config, config, policy)
+    for batch in batches:
+        loss_of(plain(batch)).backward()
+        with wrapped.no_sync() if batch is batches[0] else nullcontext():
+            loss_of(wrapped(batch)).backward()
+    wrapped.finish_grad_sync()
+    expected = dict(plain.named_parameters())
+    for weight, parameter in policy.named_parameters():
+        torch.testing.assert_close(
+            parameter.main_grad, expected[weight].grad, rtol=1e-5, atol=1e-5, msg=lambda text, w=weight: f"{w}: {text}"
         )
 
 

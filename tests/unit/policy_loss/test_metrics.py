@@ -63,6 +63,14 @@ def test_an_overflowing_ratio_gives_an_effective_fraction_of_zero_and_not_nan():
     assert finalize_metrics(totals([output]))["ratio/effective_sample_fraction"] == 0
 
 
+@pytest.mark.parametrize("objective", ["gspo", "grpo"])
+def test_a_weight_whose_square_float32_cannot_hold_is_a_weight_like_others(objective):
+    output = policy_loss(
+        objective, torch.full((3,), -1.0), torch.full((3,), -51.0), torch.ones(1), torch.tensor([0, 3])
+    )
+    assert finalize_metrics(totals([output]))["ratio/effective_sample_fraction"] == pytest.approx(1.0)
+
+
 def test_what_counted_nothing_is_left_out():
     assert finalize_metrics({"loss/policy": (0.0, 0.0), "clip/token_fraction": (1.0, 4.0)}) == {
         "clip/token_fraction": 0.25

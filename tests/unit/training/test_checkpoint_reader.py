@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors to where they belong: the same numbers as torch's own reader gives."""
+"""Reading a checkpoint's tensors to where they belong: the numbers that were saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_gspo.training.checkpoint_reader import InPlaceReader, _read_tensor
 
 
 def written(directory: Path) -> dict[str, Any]:
-    """A checkpoint in two files, by torch."""
+    """A checkpoint of several items a file, in two files, by torch."""
     state = {
         "matrix": torch.randn(7, 5),
         "rounded": torch.randn(3, 4).to(torch.bfloat16),
@@ -29,11 +29,12 @@ def written(directory: Path) -> dict[str, Any]:
         "transposed": torch.randn(4, 6).t(),
         "words": {"step": 3},
     }
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(directory, single_file_per_rank=False, thread_count=2))
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(directory, thread_count=2))
+    assert len(list(directory.glob("*.distcp"))) == 2
     return state
 
 
-def test_a_checkpoint_is_read_as_torch_reads_it(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_into_the_tensors_that_are_there(tmp_path: Path) -> None:
     state = written(tmp_path)
     targets: dict[str, Any] = {
         name: torch.zeros_like(value) if torch.is_tensor(value) else {"step": 0} for name, value in state.items()

@@ -1,7 +1,7 @@
 """Log-prob and entropy from hidden states, forward and backward, at Qwen3-30B-A3B's vocabulary and hidden size.
 
-Beside the naive computation, which forms all logits, TRL's chunked function and verl's. Every side adds to gradients that
-are there already, as the micro-batches of a training step do: ours to Megatron's, the others to autograd's. Two floors: of
+Beside the naive computation, which forms all logits, TRL's chunked function and verl's. Where time is measured, every side
+adds to gradients that are there already, as micro-batches do: ours to Megatron's, the others to autograd's. Two floors: of
 time, the matrix products that recomputing the logits takes, 8 · tokens · hidden · vocabulary operations; of memory,
 nothing but the gradient of the weight, so the peak is given as a share of the logits' bytes.
 
@@ -27,7 +27,7 @@ from tools.bench.memory import peak_bytes
 
 VOCABULARY, HIDDEN = 151_936, 2048
 CHUNK_TOKENS = ModelSection.model_fields["log_probs_chunk_tokens"].default  # as training's; the peers' are their own
-TOKENS = CHUNK_TOKENS  # where time is measured: a naive side of half a minute. Every further chunk costs the same
+TOKENS = CHUNK_TOKENS  # where time is measured: a naive side of half a minute
 MEMORY_TOKENS, MEMORY_HIDDEN = 8 * CHUNK_TOKENS, 32  # hidden states small beside logits, as they are in any real model
 
 Side = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -59,7 +59,10 @@ def measure(bench: Bench) -> None:
 
 
 def measure_zero_rows(bench: Bench, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> None:
-    """Half of the rows with a coefficient of exactly 0, as clipped responses and groups of equal rewards have."""
+    """Half of the rows with a coefficient of exactly 0, as clipped responses and groups of equal rewards have.
+
+    The weight's gradient is one of its own here, which both sides make, so that the ratio is above what training has.
+    """
     half = coefficients.clone()
     half[: len(half) // 2] = 0
     log_probs, entropy = ours(hidden, weight, targets)
