@@ -1,5 +1,6 @@
 """Scoring through the real worker process: whatever a reward does, the run goes on and the failure is counted."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -145,8 +146,18 @@ def test_the_worker_is_started_once_and_again_only_after_a_failure(as_told: Rewa
 def test_a_hanging_reward_takes_what_it_started_with_it(as_told: RewardScorer) -> None:
     assert as_told.score([item("child")]).num_failed == 1
 
-    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
-    assert b"sleep\x00321.25\x00" not in running
+    deadline = time.monotonic() + 60  # a process that was killed ends when the kernel gets to it
+    while is_running(b"sleep\x00321.25\x00"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def is_running(command: bytes) -> bool:
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended since
+            if (process / "cmdline").read_bytes() == command:
+                return True
+    return False
 
 
 def test_closing_ends_the_workers(user_module: str) -> None:
