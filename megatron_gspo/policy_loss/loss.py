@@ -105,7 +105,7 @@ def policy_loss(
     values, metrics = _weighted_by_importance(surrogate.values, chosen, ratios, behaviour, cap)
     policy_sum = -weighting.weighted_sum(values, chosen.unit)
     loss = policy_sum / weighting.denominator
-    metrics |= {"loss/policy": (policy_sum.detach(), weighting.share)}
+    metrics["loss/policy"] = (policy_sum.detach(), weighting.share)
     assert kl_coefficient == 0 or reference_log_probs is not None, "a KL penalty needs the reference's log-probs"
     if reference_log_probs is not None:
         kl = kl_per_token(log_probs, constants["reference log-prob"], kl_estimator)

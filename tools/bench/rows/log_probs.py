@@ -45,7 +45,7 @@ def measure(bench: Bench) -> None:
     del expected, found, left, right
     gc.collect()
     runs = {
-        name: partial(accumulate, side, hidden, trained(weight, name), targets, coefficients)
+        name: partial(accumulate, side, hidden, trained(weight, side), targets, coefficients)
         for name, side in sides.items()
     }
     times = bench.alternate(runs | {"floor": products(hidden, weight)}, rounds=max(2, bench.rounds // 2))
@@ -61,7 +61,7 @@ def measure(bench: Bench) -> None:
 def measure_zero_rows(bench: Bench, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> None:
     """Half of the rows with a coefficient of exactly 0, as clipped responses and groups of equal rewards have.
 
-    The weight's gradient is one of its own here, which both sides make, so that the ratio is above what training has.
+    The weight's gradient is one of its own here, which both sides make.
     """
     half = coefficients.clone()
     half[: len(half) // 2] = 0
@@ -86,7 +86,7 @@ def measure_memory(bench: Bench, sides: dict[str, Side]) -> None:
     for name, side in sides.items():
         tokens = MEMORY_TOKENS if name != "naive" else MEMORY_TOKENS // 8
         hidden, weight, targets, coefficients = problem(tokens, MEMORY_HIDDEN)
-        run = partial(accumulate, side, hidden, trained(weight, name), targets, coefficients)
+        run = partial(accumulate, side, hidden, trained(weight, side), targets, coefficients)
         share = peak_bytes(run) / (tokens * VOCABULARY * 4)
         aim = 0.25 if name == "ours" else None
         bench.figure(f"peak memory of {name} / the logits' bytes", [share], better="lower", aim=aim)
@@ -107,7 +107,7 @@ def problem(num_tokens: int, hidden_size: int = HIDDEN) -> tuple[Tensor, Tensor,
 
 def gradients(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
     """Of hidden states and weight, alone."""
-    hidden, weight = hidden.detach().requires_grad_(), trained(weight, "ours" if side is ours else "theirs")
+    hidden, weight = hidden.detach().requires_grad_(), trained(weight, side)
     accumulate(side, hidden, weight, targets, coefficients)
     return hidden.grad, weight.main_grad if side is ours else weight.grad  # type: ignore[return-value]
 
@@ -120,10 +120,10 @@ def accumulate(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coef
         weight.grad = None  # as Megatron's hook leaves it
 
 
-def trained(weight: Tensor, side: str) -> Tensor:
+def trained(weight: Tensor, side: Side) -> Tensor:
     """The same weight as a parameter; ours as Megatron's data-parallel wrapper leaves one."""
     parameter = weight.detach().requires_grad_()
-    if side == "ours":
+    if side is ours:
         parameter.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
     return parameter
 
