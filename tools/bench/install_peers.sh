@@ -13,7 +13,9 @@ pip="$directory/bin/pip"
 # what those import is listed here.
 "$pip" install -q --no-deps verl==0.9.1 megatron-core==0.16.1
 "$pip" install -q ray==2.60.0 omegaconf==2.3.1 hydra-core==1.3.8 tensordict==0.10.0 codetiming==1.4.0 pandas==3.1.1 orjson==3.13.0
-# What this project imports beyond the above.
-"$pip" install -q -c constraints.txt pydantic PyYAML rich tensorboard plotly Jinja2 math-verify httpx safetensors
+# What this project imports beyond the above, but for the parser runtime as verl's omegaconf needs it, which Math-Verify
+# works with as well.
+"$pip" install -q -c <(grep -v '^antlr4-python3-runtime==' constraints.txt) \
+  pydantic PyYAML rich tensorboard plotly Jinja2 'math-verify[antlr4_9_3]' httpx safetensors
 "$directory/bin/python" -c "import trl, verl.trainer.ppo.core_algos, verl.utils.experimental.torch_functional"
 echo "Peers are in $directory. Next: MEGATRON_GSPO_PEERS_PYTHON=$directory/bin/python python tools/bench/run.py"

@@ -91,11 +91,14 @@ def details(rows: Rows) -> str:
 
 
 def provenance(rows: Rows) -> str:
-    """When each row was measured, in how many rounds and at which commit, by what `run.py` wrote beside it."""
+    """When and where each row was measured, in how many rounds and at which commit, by what `run.py` wrote beside it."""
     said: dict[str, list[str]] = {}
     for row, result in rows.items():
         made = result.get("made")
-        how = f"{made['date']} at {made['commit']}, {made['rounds']} rounds" if made else "not recorded"
+        how = "not recorded"
+        if made:
+            where = f" on {made['machine']}" if "machine" in made else ""
+            how = f"{made['date']} at {made['commit']}, {made['rounds']} rounds{where}"
         said.setdefault(how, []).append(row)
     return "Measured: " + "; ".join(f"{', '.join(names)}: {how}" for how, names in said.items()) + "."
 

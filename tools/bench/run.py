@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -101,9 +102,17 @@ def measure(name: str, python: Path, rounds: int) -> dict[str, Any] | None:
 
 
 def made(rounds: int) -> dict[str, object]:
-    """When and from what a row is measured: the commit, and whether files differ from it."""
+    """When, where and from what a row is measured: the commit, and whether files differ from it."""
     commit = git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
-    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "rounds": rounds}
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "rounds": rounds, "machine": machine()}
+
+
+def machine() -> str:
+    """The processor as its kernel names it, and how many cores of it there are."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    about = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
+    model = f"family {about['cpu family']} model {about['model']}" if "cpu family" in about else platform.machine()
+    return f"{os.cpu_count()} cores of {about.get('model name', 'a processor without a name')}, {model}"
 
 
 def git(*arguments: str) -> str:
