@@ -31,6 +31,8 @@ PROMPTS = [
 SETTINGS = SamplingSettings(
     max_response_tokens=12, temperature=0.7, stop_token_ids=(1, 2, 3, 4, 5, 6, 7, 8, 258), seed=5
 )
+TIE = 1e-6
+"""A difference of two experts' probabilities that rounding in float32 may turn round."""
 
 
 def write_model_and_recipe(directory: Path) -> Path:
@@ -91,13 +93,31 @@ def weights_of(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
 def by_transformers(
     model: PreTrainedModel, prompt: Prompt, response: Response, temperature: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probs [response] of the tokens sampled, and routes [prompt + response - 1, MoE layers, K], from one plain pass."""
+    """Log-probs [response] of the tokens sampled, and routes [prompt + response - 1, MoE layers, K], from one plain pass.
+
+    Of experts that are as probable as each other to `TIE`, those are taken that the response was sampled with: another order
+    of the same sums decides between them, and thousands of tokens have such a pair now and then.
+    """
     chosen: list[torch.Tensor] = []
-    hooks = [
-        layer.mlp.gate.register_forward_hook(lambda _, __, outputs: chosen.append(outputs[2]))
-        for layer in model.model.layers
-        if hasattr(layer.mlp, "gate")
-    ]
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+
+    def choose(gate: torch.nn.Module, _: object, outputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        logits, weights, experts = outputs
+        if response.routed_experts is not None:
+            sampled_with = torch.from_numpy(response.routed_experts[:, len(chosen)].astype(np.int64))
+            probabilities = logits.float().softmax(-1)
+            before_last = probabilities[: len(sampled_with)]  # no route came with the last token
+            own, others = (
+                before_last.gather(1, which).sort().values for which in (experts[: len(sampled_with)], sampled_with)
+            )
+            is_tied = (own - others).abs().amax(dim=1) < TIE
+            experts[: len(sampled_with)][is_tied] = sampled_with[is_tied]
+            weights = probabilities.gather(1, experts)
+            weights = weights / weights.sum(-1, keepdim=True) if gate.norm_topk_prob else weights
+        chosen.append(experts)
+        return logits, weights.to(logits.dtype), experts
+
+    hooks = [gate.register_forward_hook(choose) for gate in gates]
     token_ids = torch.tensor([[*prompt.token_ids, *response.token_ids.tolist()]])
     log_probs = (model(token_ids).logits[0].float() / temperature).log_softmax(-1)
     for hook in hooks:
