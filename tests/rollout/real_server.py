@@ -190,6 +190,7 @@ def faulty_proxy(server: str, faults: Sequence[str]) -> Iterator[str]:
 
     class Proxy(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # an answer is several writes
 
         def log_message(self, *_: object) -> None:
             pass

@@ -2,8 +2,9 @@
 
 Each side returns its loss with its own metrics, as its trainer calls it. TRL's is the loss method of its GRPOTrainer, handed
 log-probs instead of a model. The floor reads and writes 16 bytes a token: two log-probs in, a gradient out, and one more.
-Two more measures of how near it one can come: GSPO and our metrics as a few plain lines for responses of one length, fused
-by `torch.compile` into native code; and the difference of the log-probs alone.
+Three more measures of how near it one can come: GSPO and our metrics as a few plain lines for responses of one length, fused
+by `torch.compile` into native code; the difference of the log-probs alone; and autograd alone, a function that computes
+nothing and hands back memory that nobody has written.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ def measure_objective(bench: Bench, objective: str, current: Tensor, old: Tensor
     runs = {name: partial(repeat, partial(gradient, side, current, old, advantages)) for name, side in sides.items()}
     runs["floor"] = partial(repeat, copy_probe(8 * current.numel()))  # reads 8 bytes a token and writes 8
     runs["difference"] = partial(repeat, lambda: current - old)
+    runs["autograd"] = partial(
+        repeat, partial(gradient, lambda log_probs, *_: _Nothing.apply(log_probs), current, old, advantages)
+    )
     times = bench.alternate(runs, rounds=4 * bench.rounds)
     for peer in ("TRL", "verl"):
         aim = 1.0 if objective == "gspo" else None
@@ -76,6 +80,8 @@ def measure_objective(bench: Bench, objective: str, current: Tensor, old: Tensor
         bench.figure(name, times.ratio("compiled", "floor"), better="lower")
         name = "gspo: the difference of log-probs alone / copying 16 bytes a token"
         bench.figure(name, times.ratio("difference", "floor"), better="lower")
+        name = "gspo: autograd alone, with nothing computed / copying 16 bytes a token"
+        bench.figure(name, times.ratio("autograd", "floor"), better="lower")
 
 
 def repeat(function: Callable[[], object]) -> None:
@@ -113,6 +119,18 @@ def few_lines_of_gspo(log_probs: Tensor, old: Tensor, advantages: Tensor) -> tup
         *(values.abs().max() for values in (tokens, responses)),
         *((responses < lower).sum(), (responses > upper).sum()),
     )
+
+
+class _Nothing(torch.autograd.Function):
+    """A loss of nothing: what a call of autograd and its backward pass take whatever is between them."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor) -> Tensor:
+        return log_probs.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.new_empty(NUM_RESPONSES, TOKENS)
 
 
 def clip_range(objective: str) -> tuple[float, float]:
