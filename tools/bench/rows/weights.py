@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from megatron_gspo.config import SglangSection
 from megatron_gspo.data.tokenizer import build_byte_tokenizer
 from megatron_gspo.model.hf_weights import export_hf_weights, save_hf_checkpoint
 from megatron_gspo.model.policy import PolicyModel
@@ -38,7 +39,8 @@ SHAPES = {
     "num_hidden_layers": 1,
     "vocab_size": 272,
 }
-BUCKET_BYTES = 32 * 2**20
+BUCKET_BYTES = SglangSection.model_fields["weight_bucket_bytes"].default  # as a recipe's
+BROADCAST_BUCKET_BYTES = 32 * 2**20  # one layer has as many of these as a whole model has of a recipe's
 
 Chunks = Sequence[PolicyModel]
 Weights = Mapping[str, torch.Tensor]
@@ -50,7 +52,10 @@ def measure(bench: Bench) -> None:
     chunks = [models.policy(shapes, dtype="bfloat16")]
     expected = {name: tensor.clone() for name, tensor in export_hf_weights(chunks)}
     num_bytes = sum(tensor.nbytes for tensor in expected.values())
-    bench.note(f"{num_bytes / 2**20:.0f} MiB in {len(expected)} tensors; buckets of {BUCKET_BYTES // 2**20} MiB")
+    bench.note(
+        f"{num_bytes / 2**20:.0f} MiB in {len(expected)} tensors; buckets of {BUCKET_BYTES // 2**20} MiB, in the broadcast of "
+        f"{BROADCAST_BUCKET_BYTES // 2**20} MiB"
+    )
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
         template = Path(directory) / "template"
         shapes.save_pretrained(template)
@@ -129,7 +134,7 @@ def measure_broadcast(bench: Bench, chunks: Chunks, directory: Path, expected: W
         [receiver.url],
         SglangHttp(receiver.key, 60.0),
         backend="gloo",
-        bucket_bytes=BUCKET_BYTES,
+        bucket_bytes=BROADCAST_BUCKET_BYTES,
         timeout_s=60.0,
         restart=None,
     )
@@ -142,7 +147,7 @@ def measure_broadcast(bench: Bench, chunks: Chunks, directory: Path, expected: W
     publish()
     receiver.asked("/save", {"path": str(directory / "received")})()
     bench.identical("weights that were received and the policy's", load_file(directory / "received"), expected)
-    pieces = [bucket.data for bucket in pack(expected.items(), BUCKET_BYTES)]
+    pieces = [bucket.data for bucket in pack(expected.items(), BROADCAST_BUCKET_BYTES)]
     sides = {"ours": publish, "gloo": plain_broadcast(receiver, pieces)}
     times = bench.alternate(sides, clock=lambda: time.process_time() + receiver.asked("/processor_time", {})())
     name = "broadcast: processor time of gloo's own / ours, both processes"
