@@ -7,8 +7,9 @@ started anew catches up. Any process of the run can send them.
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -30,13 +31,13 @@ class DiskWeightSync:
         Args:
             directory: seen by this machine and by the servers' under one path.
             run_id: unique among the runs that share the directory or the servers.
-            shard_bytes: the largest file, and what is held in host memory beside the model from the first version on; a
-                single larger weight has a file of its own.
+            shard_bytes: the largest file; a single larger weight has one of its own. As much of a GPU's weights is held in
+                host memory, from the first version on.
         """
         self._directory = directory
         self._run_id = run_id
         self._shard_bytes = shard_bytes
-        self._memory: list[torch.Tensor] = []  # of the last file, for the next one
+        self._memory: list[torch.Tensor] = []  # where the last file's weights were copied to, for the next one's
 
     def label(self, version: int) -> str:
         """See `WeightSync.label`."""
@@ -96,6 +97,37 @@ class DiskWeightSync:
         return self._directory / self.label(version)
 
     def _write(self, directory: Path, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        for number, bucket in enumerate(pack(weights, self._shard_bytes, self._memory)):
-            save_file(bucket.tensors(), directory / f"model-{number:05}.safetensors", metadata={"format": "pt"})
+        for number, tensors in enumerate(self._files(iter(weights))):
+            save_file(tensors, directory / f"model-{number:05}.safetensors", metadata={"format": "pt"})
+
+    def _files(self, weights: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        """What each file holds, in host memory; weights that lie there already are not copied."""
+        first = next(weights, None)
+        if first is None:
+            return
+        weights = itertools.chain([first], weights)
+        if is_in_host_memory(first[1]):
+            yield from _runs(weights, self._shard_bytes)
+            return
+        for bucket in pack(weights, self._shard_bytes, self._memory):
+            yield bucket.tensors()
             self._memory.append(bucket.data)
+
+
+def is_in_host_memory(tensor: torch.Tensor) -> bool:
+    """Whether a file can be written from where the tensor is."""
+    return tensor.device.type == "cpu"
+
+
+def _runs(weights: Iterator[tuple[str, torch.Tensor]], most_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Consecutive weights of at most `most_bytes` together, or a single larger one."""
+    run: dict[str, torch.Tensor] = {}
+    num_bytes = 0
+    for name, tensor in weights:
+        if run and num_bytes + tensor.nbytes > most_bytes:
+            yield run
+            run, num_bytes = {}, 0
+        run[name] = tensor.detach().contiguous()
+        num_bytes += tensor.nbytes
+    if run:
+        yield run

@@ -21,6 +21,15 @@ def weights(count: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"layer.{number}", tensor.T if number % 2 else tensor
 
 
+@pytest.fixture(params=["host", "gpu"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where weights are taken to lie: a GPU's are copied to host memory."""
+    if request.param == "gpu":
+        monkeypatch.setattr(weight_sync_disk, "is_in_host_memory", lambda tensor: False)
+    return request.param
+
+
+@pytest.mark.usefixtures("place")
 def test_what_is_published_is_what_was_given_whatever_the_files_size(tmp_path: Path):
     sync = DiskWeightSync(tmp_path, "run", shard_bytes=100)
     sync.publish(weights(), version=3)
@@ -34,18 +43,30 @@ def test_what_is_published_is_what_was_given_whatever_the_files_size(tmp_path: P
         assert (tensor == number).all()
 
 
-def test_files_of_one_size_are_written_from_the_same_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    addresses = set()
+def test_weights_in_host_memory_are_written_from_where_they_are_and_a_gpus_from_memory_that_is_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    addresses, held = [], dict(weights())
 
     def save_and_note(tensors: dict[str, torch.Tensor], *arguments: object, **options: object) -> None:
-        addresses.add(next(iter(tensors.values())).data_ptr())
+        addresses.append(next(iter(tensors.values())).data_ptr())
         save_file(tensors, *arguments, **options)
 
     monkeypatch.setattr(weight_sync_disk, "save_file", save_and_note)
     sync = DiskWeightSync(tmp_path, "run", shard_bytes=100)
     for version in (1, 2):
-        sync.publish(weights(), version)
-    assert len(addresses) == 1
+        sync.publish(held.items(), version)
+    assert len(addresses) == 6
+    if place == "host":  # the first of each file
+        assert addresses == 2 * [held[f"layer.{number}"].data_ptr() for number in (0, 2, 4)]
+    else:
+        assert len(set(addresses)) == 1
+        assert not set(addresses) & {tensor.data_ptr() for tensor in held.values()}
+
+
+def test_a_version_without_weights_is_an_empty_directory(tmp_path: Path):
+    DiskWeightSync(tmp_path, "run").publish([], version=1)
+    assert list((tmp_path / "run.1").iterdir()) == []
 
 
 def test_weights_that_are_broken_off_are_never_seen(tmp_path: Path):

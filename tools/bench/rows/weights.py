@@ -8,9 +8,10 @@ is all of the trainer's. What waits is timed by the clock on the wall, what copi
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,7 @@ SHAPES = {
     "vocab_size": 272,
 }
 BUCKET_BYTES = SglangSection.model_fields["weight_bucket_bytes"].default  # as a recipe's
-BROADCAST_BUCKET_BYTES = 32 * 2**20  # one layer has as many of these as a whole model has of a recipe's
+BROADCAST_BUCKET_BYTES = 32 * 2**20  # so that one layer has several, as a whole model has of a recipe's
 
 Chunks = Sequence[PolicyModel]
 Weights = Mapping[str, torch.Tensor]
@@ -98,33 +99,43 @@ def engine_weights(engine: LocalEngine) -> Weights:
 
 def measure_files(bench: Bench, chunks: Chunks, directory: Path, expected: Weights, num_bytes: int) -> None:
     """For servers that load them, and as a checkpoint for others, which is on the disk when it is said to be there."""
-    sync = DiskWeightSync(directory, "run")
+    sync, versions = DiskWeightSync(directory, "run"), itertools.count(1)
     checkpoint, template = directory / "checkpoint", directory / "template"
     data = torch.randint(256, (num_bytes,), dtype=torch.uint8)
 
     def save_checkpoint() -> None:
+        aside = checkpoint.with_name("checkpoint.new")
+        save_hf_checkpoint(chunks, aside, template)
         delete(checkpoint)
-        save_hf_checkpoint(chunks, checkpoint, template)
+        with CLOCK.stopped():
+            aside.rename(checkpoint)
 
-    sides: dict[str, Callable[[], object]] = {
-        "servers": lambda: sync.publish(export_hf_weights(chunks), 1),
-        "checkpoint": save_checkpoint,
-        "write": partial(write_raw, directory / "raw", data, sync=False),
-        "write and sync": partial(write_raw, directory / "raw on the disk", data, sync=True),
-    }
-    for name, written in (("servers", directory / "run.1"), ("checkpoint", checkpoint)):
-        sides[name]()
-        found = {key: tensor for file in written.glob("*.safetensors") for key, tensor in load_file(file).items()}
-        bench.identical(f"files for {name} and the policy's weights", found, expected)
-        del found
-    times = bench.alternate(sides, clock=CLOCK)
-    ratio = times.ratio("write and sync", "servers")
-    bench.figure("files for servers: plain write + fsync's time / ours", ratio, better="higher", aim=0.7)
-    bench.figure("the same beside a write without fsync", times.ratio("write", "servers"), better="higher")
-    ratio = times.ratio("write and sync", "checkpoint")
+    def publish() -> None:
+        version = next(versions)
+        sync.publish(export_hf_weights(chunks), version)
+        with CLOCK.stopped():
+            sync.forget_before(version)
+
+    publish()
+    check_files(bench, "servers", next(directory.glob("run.*")), expected)
+    sides = {"servers": publish, "write": partial(write_raw, directory / "raw", data, sync=False)}
+    times = bench.alternate(sides, rounds=2 * bench.rounds, clock=CLOCK)
+    ratio = times.ratio("write", "servers")
+    bench.figure("files for servers: plain write's time / ours, neither synced", ratio, better="higher", aim=0.7)
+    save_checkpoint()
+    check_files(bench, "others", checkpoint, expected)
+    sides = {"checkpoint": save_checkpoint, "write": partial(write_raw, directory / "raw", data, sync=True)}
+    times = bench.alternate(sides, rounds=2 * bench.rounds, clock=CLOCK)
+    ratio = times.ratio("write", "checkpoint")
     bench.figure("checkpoint for others: plain write + fsync's time / ours", ratio, better="higher", aim=0.7)
-    for name in ("servers", "checkpoint"):
-        bench.note(f"files, {name}: " + calls(sides[name]))
+    bench.note("files for servers: " + calls(publish))
+    bench.note("checkpoint for others: " + calls(save_checkpoint))
+
+
+def check_files(bench: Bench, reader: str, directory: Path, expected: Weights) -> None:
+    """What was written for `reader` is the policy's."""
+    found = {key: tensor for file in directory.glob("*.safetensors") for key, tensor in load_file(file).items()}
+    bench.identical(f"files for {reader} and the policy's weights", found, expected)
 
 
 def measure_broadcast(bench: Bench, chunks: Chunks, directory: Path, expected: Weights) -> None:
