@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Make the environment that `tools/bench/run.py` measures peers in: TRL and verl beside what this project's own functions
-# need there, with pinned versions. Nothing else uses it.
+# Make the environment that `tools/bench/run.py` measures peers in: TRL and verl beside what this project's own
+# functions need there, with pinned versions; and Liger for `tools/bench/gpu.py`, where there is a GPU. Nothing else
+# uses it.
 #
 #   bash tools/bench/install_peers.sh [DIRECTORY]     # default: .venv-peers
 set -euo pipefail
@@ -13,6 +14,10 @@ pip="$directory/bin/pip"
 # what those import is listed here.
 "$pip" install -q --no-deps verl==0.9.1 megatron-core==0.16.1
 "$pip" install -q ray==2.60.0 omegaconf==2.3.1 hydra-core==1.3.8 tensordict==0.10.0 codetiming==1.4.0 pandas==3.1.1 orjson==3.13.0
+# For tools/bench/gpu.py. Its kernels need a GPU, and Triton, which PyTorch's build for CUDA brings.
+if command -v nvidia-smi >/dev/null; then
+  "$pip" install -q --no-deps liger-kernel==0.8.5
+fi
 # What this project imports beyond the above, but for the parser runtime as verl's omegaconf needs it, which Math-Verify
 # works with as well.
 "$pip" install -q -c <(grep -v '^antlr4-python3-runtime==' constraints.txt) \
