@@ -1,4 +1,7 @@
-"""Measures one row in a process of its own: `python -m tools.bench.child ROW ROUNDS FILE` writes the result as JSON."""
+"""Measures one row in a process of its own: `python -m tools.bench.child ROW ROUNDS FILE` writes the result as JSON.
+
+The result says what it was measured with: versions are those of this interpreter, which is not always `run.py`'s.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tools.bench import results
 from tools.bench.harness import Bench
 
 
@@ -18,7 +22,8 @@ def main(row: str, rounds: str, file: str) -> None:
     torch.set_num_threads(1)
     bench = Bench(int(rounds))
     importlib.import_module(f"tools.bench.rows.{row}").measure(bench)
-    Path(file).write_text(json.dumps(dataclasses.asdict(bench.result)))
+    result = dataclasses.asdict(bench.result) | {"made": {"versions": results.versions()}}
+    Path(file).write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Measures two or more ways of doing the same thing so that a noisy machine cannot decide between them.
 
-In: functions that do the same work. Out: a `RowResult`: ratios, one a round, with what they are held against, the largest
-difference between what the sides computed, how far the machine itself swung, and where our side's time went.
+In: functions that do the same work. Out: a `RowResult`: ratios, one a round, with what they are held against, the
+largest difference between what the sides computed, how far the machine itself swung, and where our side's time went.
 
-Every round runs all sides in order and then in reverse (A B B A), so that a machine that slows down steadily slows all of
-them alike, and a ratio compares times of one round only. What computes is timed by the processor time it takes, so that
-other programs' turns on a shared machine do not count; what waits for a disk or another process, by the clock on the
-wall. Times themselves are not reported on a CPU.
+Every round runs all sides in order and then in reverse (A B B A), so that a machine that slows down steadily slows all
+of them alike, and a ratio compares times of one round only. What computes is timed by the processor time it takes, so
+that other programs' turns on a shared machine do not count; what waits for a disk or another process, by the clock on
+the wall. Times themselves are not reported on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import cProfile
 import gc
 import pstats
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,32 +21,29 @@ from typing import Any, Literal
 
 import torch
 
+from tools.bench.results import SMALLEST_SHARE
+
 Better = Literal["higher", "lower"]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A ratio, measured once a round, and what it should come to."""
+    """A ratio, measured once a round, and what it should come to: an aim, an expected value, or neither.
+
+    The name is the same in every run, as runs are compared by it: a fitted number is `expected`, no part of the name.
+    """
 
     name: str
     values: tuple[float, ...]
     better: Better
-    aim: float | None = None  # at least (where higher is better) or at most; None for a figure that is only reported
+    aim: float | None = None  # at least (where higher is better) or at most
+    expected: float | None = None  # what a documented formula gives
+    margin: float | None = None  # by how much the median may differ from `expected`, up or down; None: by any
 
     def __post_init__(self) -> None:
         assert self.values, f"{self.name} was never measured"
-
-    @property
-    def median(self) -> float:
-        """What the figure is quoted as."""
-        return statistics.median(self.values)
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the median reaches the aim; None without one."""
-        if self.aim is None:
-            return None
-        return self.median >= self.aim if self.better == "higher" else self.median <= self.aim
+        assert self.aim is None or self.expected is None, f"{self.name} has an aim and an expected value"
+        assert self.margin is None or self.expected is not None, f"{self.name} has a margin of nothing"
 
 
 @dataclass(frozen=True)
@@ -60,11 +56,6 @@ class Times:
         """`scale` × the time of `side` over that of `to`, round by round."""
         pairs = zip(self.seconds[side], self.seconds[to], strict=True)
         return tuple(scale * numerator / denominator for numerator, denominator in pairs)
-
-    def less(self, side: str, without: str, of: str) -> tuple[float, ...]:
-        """What `side` takes beyond `without`, as a share of `of`, round by round."""
-        triples = zip(self.seconds[side], self.seconds[without], self.seconds[of], strict=True)
-        return tuple((with_it - without_it) / whole for with_it, without_it, whole in triples)
 
 
 @dataclass
@@ -90,6 +81,8 @@ class Bench:
         assert rounds > 0, "a row is measured at least once"
         self.rounds = rounds
         self.result = RowResult()
+        self._probes: dict[str, Callable[[], object]] = {}
+        self._probe_seconds: dict[str, list[float]] = {}
 
     def alternate(
         self,
@@ -109,13 +102,40 @@ class Bench:
         else:  # which does not tell what this process computes
             seconds = alternate(sides, rounds, clock) | alternate(machine_probes(), rounds)
         for probe in machine_probes():
-            swing = max(seconds[probe]) / min(seconds.pop(probe))
-            self.result.swing[probe] = max(swing, self.result.swing.get(probe, 1.0))
+            self._swung(probe, seconds.pop(probe))
         return Times(seconds)
 
-    def figure(self, name: str, values: Sequence[float], *, better: Better, aim: float | None = None) -> None:
-        """Report a ratio."""
-        self.result.figures.append(Figure(name, tuple(values), better, aim))
+    def probe_machine(self) -> None:
+        """Time each probe of the machine once: for a row whose sides cannot take turns in `alternate`.
+
+        Call it once in every round. The swing is then the slowest over the fastest call of the row, in processor time.
+        """
+        if not self._probes:
+            self._probes = machine_probes()
+            for probe in self._probes.values():
+                probe()  # once before the clock starts, as sides do
+        for name, probe in self._probes.items():
+            started = time.process_time()
+            probe()
+            self._probe_seconds.setdefault(name, []).append(time.process_time() - started)
+            self._swung(name, self._probe_seconds[name])
+
+    def _swung(self, probe: str, seconds: Sequence[float]) -> None:
+        """Keep the largest swing of a probe in this row."""
+        self.result.swing[probe] = max(max(seconds) / min(seconds), self.result.swing.get(probe, 1.0))
+
+    def figure(
+        self,
+        name: str,
+        values: Sequence[float],
+        *,
+        better: Better,
+        aim: float | None = None,
+        expected: float | None = None,
+        margin: float | None = None,
+    ) -> None:
+        """Report a ratio, beside an `aim` or beside what a formula says is `expected`, give or take `margin`."""
+        self.result.figures.append(Figure(name, tuple(values), better, aim, expected, margin))
 
     def same(self, what: str, ours: torch.Tensor, theirs: torch.Tensor, *, tolerance: float) -> None:
         """Hold two results against each other.
@@ -194,7 +214,7 @@ def alternate(
 
 
 def calls(run: Callable[[], object], top: int = 5) -> str:
-    """Where this thread's time on the wall goes in `run`, by function."""
+    """Where this thread's time on the wall goes in `run`, by function; those that would read 0% are left out."""
     profiler = cProfile.Profile(time.perf_counter)
     profiler.runcall(run)
     spent: dict[str, float] = {}
@@ -205,6 +225,7 @@ def calls(run: Callable[[], object], top: int = 5) -> str:
     return ", ".join(
         f"{name.strip('<>').removeprefix('built-in method ').removeprefix('builtins.')} {s / total:.0%}"
         for name, s in largest
+        if s >= SMALLEST_SHARE * total
     )
 
 

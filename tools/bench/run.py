@@ -1,11 +1,13 @@
 """Measure the hot paths beside what one would use instead and beside what the machine can do.
 
-    python tools/bench/run.py [NAME ...] [--rounds N] [--json FILE] [--compare FILE] [--docs FILE]
+    python tools/bench/run.py [ROW ...] [--rounds N] [--json FILE] [--compare FILE] [--docs FILE] [--readme FILE]
 
 Every row runs in a process of its own, on one thread, and prints ratios: the median over the rounds and their range.
-With --json a row takes the place of the one measured before, beside its date, commit and rounds, and --docs shows all that
-the file holds: nothing is entered by hand. Rows beside TRL and verl run in an environment that has those (`tools/bench/install_peers.sh`); its Python is
-`.venv-peers/bin/python`, or what MEGATRON_GSPO_PEERS_PYTHON says, and without one they are left out, in words.
+The results go to a JSON file, where a row takes the place of the one measured before and all others stay. Beside each
+stands what it was made with: date, commit, machine and versions. --docs writes all rows of that file between the marks
+of a document, --readme all figures that are held against something, missed or not. In there nothing is entered by hand.
+Rows beside TRL and verl run in an environment that has those (`tools/bench/install_peers.sh`): its Python is
+`.venv-peers/bin/python`, or what MEGATRON_GSPO_PEERS_PYTHON says. Without one they are left out, in words.
 """
 
 from __future__ import annotations
@@ -18,76 +20,134 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = "MEGATRON_GSPO_PEERS_PYTHON"
+RESULTS = ROOT / "build/bench.json"  # git ignores it
+MEASURED, HOW_FAST = "measured", "how fast"  # what the marks in --docs and --readme name
 sys.path.insert(0, str(ROOT))
 
 from tools.bench import results  # noqa: E402
 from tools.bench.rows import ROWS  # noqa: E402
 
 
-def main() -> int:
-    """Measure what was asked for."""
-    arguments = parser().parse_args()
-    if arguments.docs and not arguments.json:
-        print("--docs shows what --json holds: give both", file=sys.stderr)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what was asked for, and write it where it was asked for.
+
+    Returns:
+        0; 1 where a row failed; 2 where the command line makes no sense, before anything is measured.
+    """
+    arguments = parser().parse_args(argv)
+    if problem := refusal(arguments):
+        print(problem, file=sys.stderr)
         return 2
-    unknown = [name for name in arguments.names if name not in ROWS]
-    if unknown:
-        print(f"{unknown[0]} is not a row; rows: {', '.join(ROWS)}", file=sys.stderr)
-        return 2
-    rows, failed = {}, []
-    for name in arguments.names or ROWS:
-        peers = peers_python()
-        if peers is None and ROWS[name].needs_peers:
-            print(f"{name}: left out, there is no environment with the peers: bash tools/bench/install_peers.sh")
-            continue
-        print(f"{name}: measuring", file=sys.stderr)
-        python = peers if peers is not None and ROWS[name].runs_among_peers else Path(sys.executable)
-        result = measure(name, python, arguments.rounds)
-        if result is None:
-            failed.append(name)
-            continue
-        rows[name] = result
-        rows[name]["made"] = made(arguments.rounds)
-        if arguments.json:
-            results.write(arguments.json, rows, environment())
-        print(results.markdown({name: result}))
-        print(results.details({name: result}), flush=True)
-    if arguments.compare:
-        print(results.compare(rows, results.read(arguments.compare)))
-    if arguments.docs:
-        shown = results.read(arguments.json)
-        in_order = {name: shown[name] for name in ROWS if name in shown}
-        table = f"{results.markdown(in_order)}\n\n{results.provenance(in_order)}"
-        results.replace_section(arguments.docs, "measured", table)
-        if "growth" in rows:  # a picture is drawn from what was measured just now
-            picture = [
-                sys.executable,
-                "-m",
-                "tools.bench.picture",
-                arguments.json,
-                arguments.docs.with_name("growth.png"),
-            ]
-            subprocess.run(list(map(str, picture)), cwd=ROOT, check=True)
+    # First, as the file may be the one that is written.
+    baseline = results.read(arguments.compare) if arguments.compare else None
+    file: Path = arguments.json or RESULTS
+    rows, failed = measure_rows(arguments, file)
+    if rows and baseline is not None:
+        print(results.compare(rows, baseline))
+    if arguments.docs or arguments.readme:
+        write_documents(arguments, drawn="growth" in rows)
     for name in failed:
         print(f"{name}: failed, see above", file=sys.stderr)
+    if rows:
+        print(f"Results are in {file}. A later run says what moved with --compare {file}")
     return 1 if failed else 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"rows; all without one: {', '.join(ROWS)}")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of every row (default: 7)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results there; other rows in it stay")
+    parser.add_argument("names", nargs="*", metavar="ROW", help=f"rows; all without one: {', '.join(ROWS)}")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=7,
+        help="rounds, of which cheap figures take a multiple (default: 7); 0 only writes the documents anew",
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="keep the results there, beside its other rows (default: build/bench.json)",
+    )
     parser.add_argument("--compare", type=Path, metavar="FILE", help="say what moved since FILE was written")
-    parser.add_argument("--docs", type=Path, metavar="FILE", help="put the table of --json between FILE's marks")
+    of_all = f"put all that --json holds between FILE's marks <!-- {MEASURED} -->"
+    parser.add_argument("--docs", type=Path, metavar="FILE", help=of_all)
+    of_aims = f"put its figures that are held against something between FILE's marks <!-- {HOW_FAST} -->"
+    parser.add_argument("--readme", type=Path, metavar="FILE", help=of_aims)
     return parser
+
+
+def refusal(arguments: argparse.Namespace) -> str | None:
+    """Why these arguments cannot be followed; None where they can."""
+    unknown = [name for name in arguments.names if name not in ROWS]
+    if unknown:
+        return f"{unknown[0]} is not a row; rows: {', '.join(ROWS)}"
+    if arguments.rounds < 0:
+        return f"--rounds is {arguments.rounds}; it is at least 0"
+    if arguments.compare and not arguments.compare.is_file():
+        return f"--compare {arguments.compare} is no file; give one that --json wrote"
+    for option, section in (("docs", MEASURED), ("readme", HOW_FAST)):
+        document: Path | None = getattr(arguments, option)
+        if document is None:
+            continue
+        if not arguments.json:
+            return f"--{option} shows what --json holds: give both"
+        if not results.has_section(document, section):
+            return f"--{option} {document} is no file with the lines <!-- {section} --> and <!-- /{section} -->"
+        if arguments.rounds == 0 and not arguments.json.is_file():
+            return f"--json {arguments.json} is no file, and --rounds 0 measures nothing to put there"
+    return None
+
+
+def measure_rows(arguments: argparse.Namespace, file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Measure, print and keep in `file` one row after the other.
+
+    Returns:
+        What was measured, by row; the names of the rows that failed.
+    """
+    rows: dict[str, Any] = {}
+    failed = []
+    written = [path.resolve() for path in (file, arguments.docs, arguments.readme) if path]
+    for name in (arguments.names or ROWS) if arguments.rounds else ():
+        peers = peers_python()
+        if peers is None and ROWS[name].needs_peers:
+            print(f"{name}: left out, there is no environment with the peers: bash tools/bench/install_peers.sh")
+            continue
+        print(f"{name}: measuring", file=sys.stderr)
+        python = peers if peers is not None and ROWS[name].runs_among_peers else Path(sys.executable)
+        before = made(written)  # not after it: the row is of the files that it started with
+        result = measure(name, python, arguments.rounds)
+        if result is None:
+            failed.append(name)
+            continue
+        result["made"] = before | result["made"]
+        if peers is not None and ROWS[name].needs_peers and python != peers:
+            result["made"]["peers"] = versions(peers)
+        rows[name] = result
+        results.write(file, {name: result})
+        print(results.markdown({name: result}))
+        print(results.details({name: result}), flush=True)
+    return rows, failed
+
+
+def write_documents(arguments: argparse.Namespace, *, drawn: bool) -> None:
+    """Put what --json holds into the documents; `drawn` says whether growth is to be drawn beside --docs."""
+    kept = results.read(arguments.json)
+    rows = {name: kept[name] for name in ROWS if name in kept}
+    if arguments.readme:
+        results.replace_section(arguments.readme, HOW_FAST, results.aims(rows))
+    if arguments.docs:
+        results.replace_section(arguments.docs, MEASURED, results.document(rows))
+    if arguments.docs and drawn:
+        picture = arguments.docs.resolve().with_name("growth.png")
+        command = [sys.executable, "-m", "tools.bench.picture", str(arguments.json.resolve()), str(picture)]
+        subprocess.run(command, cwd=ROOT, check=True)
 
 
 def measure(name: str, python: Path, rounds: int) -> dict[str, Any] | None:
@@ -101,10 +161,16 @@ def measure(name: str, python: Path, rounds: int) -> dict[str, Any] | None:
         return json.loads(file.read_text()) if done.returncode == 0 else None
 
 
-def made(rounds: int) -> dict[str, object]:
-    """When, where and from what a row is measured: the commit, and whether files differ from it."""
-    commit = git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
-    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "rounds": rounds, "machine": machine()}
+def made(written: Sequence[Path]) -> dict[str, str]:
+    """When, where and from what a row is about to be measured: the commit, and whether files differ from it.
+
+    Args:
+        written: absolute paths that this program writes; what changed there changes no measurement.
+    """
+    others = [f":(exclude,literal){path.relative_to(ROOT)}" for path in written if path.is_relative_to(ROOT)]
+    changed = git("status", "--porcelain", "--", ".", *others)
+    commit = git("rev-parse", "--short", "HEAD") + (" and changes" if changed else "")
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine()}
 
 
 def machine() -> str:
@@ -113,6 +179,14 @@ def machine() -> str:
     about = dict(line.replace("\t", "").split(": ", 1) for line in lines if ": " in line)
     model = f"family {about['cpu family']} model {about['model']}" if "cpu family" in about else platform.machine()
     return f"{os.cpu_count()} cores of {about.get('model name', 'a processor without a name')}, {model}"
+
+
+def versions(python: Path) -> dict[str, str]:
+    """What another interpreter has of the packages that are recorded."""
+    command = "import json; from tools.bench.results import versions; print(json.dumps(versions()))"
+    said = subprocess.run([str(python), "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found: dict[str, str] = json.loads(said)
+    return found
 
 
 def git(*arguments: str) -> str:
@@ -124,12 +198,6 @@ def peers_python() -> Path | None:
     """The Python that has TRL and verl."""
     python = Path(os.environ.get(PEERS, ROOT / ".venv-peers/bin/python"))
     return python if python.exists() else None
-
-
-def environment() -> dict[str, object]:
-    """What was measured with."""
-    packages = ("torch", "transformers", "megatron-core", "numpy")
-    return {"python": sys.version.split()[0], "cores": os.cpu_count()} | {name: version(name) for name in packages}
 
 
 if __name__ == "__main__":

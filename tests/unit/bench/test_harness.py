@@ -1,15 +1,14 @@
-"""The bench measures ratios that noise cannot turn, refuses sides that differ, and says what moved."""
+"""The bench measures ratios that noise cannot turn, refuses sides that differ, and probes the machine beside them."""
 
-import json
 import math
+import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
+from tools.bench import harness
 from tools.bench.harness import Bench, DifferentResultsError, Figure, Times, alternate, calls
-from tools.bench.results import compare, markdown, number, provenance, read, replace_section, write
 
 
 class SlowingMachine:
@@ -27,11 +26,6 @@ class SlowingMachine:
         return side
 
 
-def row(*values: float, better: str = "higher", aim: float | None = None, name: str = "speed") -> dict:
-    figure = {"name": name, "values": list(values), "better": better, "aim": aim}
-    return {"figures": [figure], "differences": {}, "swing": {}, "profile": [], "notes": []}
-
-
 def test_sides_take_turns_there_and_back_so_that_a_steady_slow_down_cancels():
     machine = SlowingMachine()
     sides = {"a": machine.work("a", 1.0), "b": machine.work("b", 1.0), "c": machine.work("c", 2.0)}
@@ -42,16 +36,29 @@ def test_sides_take_turns_there_and_back_so_that_a_steady_slow_down_cancels():
     assert seconds["a"][1] > seconds["a"][0]
 
 
-def test_a_share_is_what_a_side_takes_beyond_another():
-    times = Times({"with": [1.1, 2.2], "without": [1.0, 2.0], "whole": [10.0, 10.0]})
-    assert times.less("with", "without", "whole") == pytest.approx((0.01, 0.02))
+def test_the_machine_is_probed_from_outside_and_its_largest_swing_kept(monkeypatch: pytest.MonkeyPatch):
+    machine, amounts = SlowingMachine(), iter([9.0, 2.0, 3.0, 1.0])
+
+    def probe() -> None:
+        machine.now += next(amounts)
+
+    monkeypatch.setattr(harness, "machine_probes", lambda: {"memory copy": probe})
+    monkeypatch.setattr(time, "process_time", lambda: machine.now)
+    bench, swings = Bench(rounds=3), []
+    for _ in range(3):
+        bench.probe_machine()
+        swings.append(bench.result.swing["memory copy"])
+    assert swings == [1.0, 1.5, 3.0]  # of 2, 3 and 1 seconds; the 9 are before the clock starts
 
 
-def test_a_figure_reaches_its_aim_by_its_median_and_in_its_direction():
-    assert Figure("f", (0.5, 2.0, 3.0), "higher", aim=2.0).met is True
-    assert Figure("f", (0.5, 1.9, 3.0), "higher", aim=2.0).met is False
-    assert Figure("f", (0.5, 1.9, 3.0), "lower", aim=2.0).met is True
-    assert Figure("f", (0.5,), "lower").met is None
+def test_a_figure_is_held_against_an_aim_or_an_expected_value():
+    bench = Bench(rounds=1)
+    bench.figure("exponent", [0.7], better="lower", expected=0.71, margin=0.1)
+    assert bench.result.figures == [Figure("exponent", (0.7,), "lower", None, 0.71, 0.1)]
+    with pytest.raises(AssertionError, match="an aim and an expected value"):
+        bench.figure("exponent", [0.7], better="lower", aim=0.8, expected=0.71)
+    with pytest.raises(AssertionError, match="a margin of nothing"):
+        bench.figure("exponent", [0.7], better="lower", margin=0.1)
 
 
 @pytest.mark.parametrize("wrong", [1.1, math.nan, math.inf])
@@ -88,43 +95,5 @@ def test_the_time_of_a_thread_is_said_by_function():
     assert calls(lambda: sorted(range(200_000), key=lambda value: -value)).startswith("sorted ")
 
 
-def test_rows_say_when_and_from_what_they_were_measured():
-    made = {"date": "2026-01-02", "commit": "abc", "rounds": 3}
-    rows = {"loss": row(1.0) | {"made": made}, "packing": row(1.0), "routing": row(1.0) | {"made": made}}
-    assert provenance(rows) == ("Measured: loss, routing: 2026-01-02 at abc, 3 rounds; packing: not recorded.")
-
-
-def test_comparing_names_what_moved_beyond_the_spread_of_both_runs():
-    baseline = {"loss": row(2.0, 2.2, 2.4), "packing": row(0.5, 0.6, 0.7, better="lower")}
-    assert "Nothing moved" in compare({"loss": row(2.1, 2.3, 2.9)}, baseline)
-    assert compare({"loss": row(3.0, 3.1, 3.2)}, baseline).startswith("better: loss: speed: 2.2 (2 – 2.4) → 3.1")
-    assert compare({"packing": row(0.8, 0.9, 1.0, better="lower")}, baseline).startswith("worse: packing")
-    assert compare({"loss": row(2.2, name="memory")}, baseline) == "new: loss: memory\ngone: loss: speed"
-
-
-def test_results_are_kept_row_by_row(tmp_path: Path):
-    file = tmp_path / "results.json"
-    write(file, {"loss": row(1.0), "packing": row(2.0)}, {"torch": "2"})
-    write(file, {"loss": row(1.23456789)}, {"torch": "2"})
-    assert read(file) == {"loss": row(1.2346), "packing": row(2.0)}
-    assert json.loads(file.read_text())["environment"] == {"torch": "2"}
-
-
-def test_the_table_says_whether_the_aim_is_reached():
-    lines = markdown({"loss": row(0.9, 3.0, 8.25, aim=1.0), "packing": row(0.6, better="lower", aim=0.5)}).splitlines()
-    assert lines[2] == "| loss | speed | 3 | 0.9 – 8.25 | yes (≥ 1) |"
-    assert lines[3] == "| packing | speed | 0.6 | 0.6 – 0.6 | no (≤ 0.5) |"
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.0, "0"), (1234.5, "1230"), (0.98765, "0.988"), (12.0, "12"), (1e-7, "1.00e-07")]
-)
-def test_numbers_have_three_digits(value: float, text: str):
-    assert number(value) == text
-
-
-def test_the_table_takes_the_place_of_the_one_before_it(tmp_path: Path):
-    document = tmp_path / "page.md"
-    document.write_text("before\n<!-- measured -->\nold\n<!-- /measured -->\nafter\n")
-    replace_section(document, "measured", "new")
-    assert document.read_text() == "before\n<!-- measured -->\nnew\n<!-- /measured -->\nafter\n"
+def test_functions_that_take_nothing_are_left_out():
+    assert " 0%" not in calls(lambda: sorted(range(200_000), key=lambda value: -value), top=100)

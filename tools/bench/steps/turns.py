@@ -1,21 +1,42 @@
 """A process that makes a step whenever it is told to, and the one that tells it.
 
-What passes are lines of JSON on the step's standard input and output: at first the log-probs of `PROBE`, then for every
-line that comes in the processor seconds and tokens of a step, and at the end the peak of resident memory.
+What passes are lines of JSON on the step's standard input and output: at first what both systems must agree on
+(`Compared`), then for every line that comes what a step took (`Step`), and at the end the peak of resident memory. Time
+and memory are those of the process with all that it has started (`processes.py`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.bench.memory import resident_bytes
+from tools.bench.steps.processes import peak_bytes, processor_seconds
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a system computes before its first step: the same as the other, or their times mean nothing."""
+
+    before: list[float]  # log-probs of `PROBE` after its first token
+    loss: float  # of one update on `FIXED`
+    gradient_norm: float  # of that update, before it is clipped
+    after: list[float]  # as `before`, after that update
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step took."""
+
+    seconds: float  # of processors
+    tokens: int  # prompts and responses, without padding
+    stages: Mapping[str, float] = field(default_factory=dict)  # seconds on the wall, where the system tells
 
 
 class Told:
@@ -26,21 +47,26 @@ class Told:
         os.dup2(2, 1)
 
     def wait(self) -> bool:
-        """Wait to be told; whether there is another step to make."""
-        return sys.stdin.readline().strip() == "step"
+        """Wait to be told; whether there is another step to make. Where there is none, the peak of memory is said."""
+        go_on = sys.stdin.readline().strip() == "step"
+        if not go_on:
+            self._write({"peak_bytes": peak_bytes()})
+        return go_on
 
-    def say(self, **content: Any) -> None:
+    def say(self, content: Compared | Step) -> None:
+        """Answer."""
+        self._write(dataclasses.asdict(content))
+
+    def serve(self, step: Callable[[], tuple[int, Mapping[str, float]]]) -> None:
+        """Make steps, each of which returns its tokens and its stages' seconds, until there are none to make."""
+        while self.wait():
+            started = processor_seconds()
+            tokens, stages = step()
+            self.say(Step(processor_seconds() - started, tokens, stages))
+
+    def _write(self, content: Mapping[str, Any]) -> None:
         self._out.write(json.dumps(content) + "\n")
         self._out.flush()
-
-    def serve(self, probe: Sequence[float], step: Callable[[], int]) -> None:
-        """Make steps, each of which returns its tokens, until there are none to make."""
-        self.say(probe=list(probe))
-        while self.wait():
-            started = time.process_time()
-            tokens = step()
-            self.say(seconds=time.process_time() - started, tokens=tokens)
-        self.say(peak_bytes=resident_bytes("VmHWM"))
 
 
 class Teller:
@@ -49,12 +75,11 @@ class Teller:
     def __init__(self, python: str, module: str, *arguments: str | Path) -> None:
         command = [python, "-m", module, *map(str, arguments)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.probe: list[float] = self._hear()["probe"]
+        self.compared = Compared(**self._hear())
 
-    def step(self) -> tuple[float, int]:
-        """Processor seconds and tokens of one step."""
-        said = self._tell("step")
-        return said["seconds"], said["tokens"]
+    def step(self) -> Step:
+        """Have it make one step."""
+        return Step(**self._tell("step"))
 
     def finish(self) -> int:
         """End it. Returns its peak of resident memory in bytes."""
