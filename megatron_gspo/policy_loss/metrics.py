@@ -34,7 +34,9 @@ Metric = tuple[torch.Tensor, float]
 
 def ratio_metrics(ratios: ImportanceRatios) -> dict[str, Metric]:
     """First and second moments of the log-ratios over tokens and over responses; the same for every objective."""
-    return _moments("ratio/token_log", ratios.token_log) | _moments("ratio/sequence_log", ratios.sequence_log)
+    # The sum over tokens is that of the responses' sums, [N] numbers: no pass of its own over [T].
+    tokens = _moments("ratio/token_log", ratios.token_log, ratios.sequence_sum)
+    return tokens | _moments("ratio/sequence_log", ratios.sequence_log, ratios.sequence_log)
 
 
 def ratio_maxima(ratios: ImportanceRatios) -> dict[str, torch.Tensor]:
@@ -93,6 +95,7 @@ def finalize_metrics(totals: Mapping[str, tuple[float, float]]) -> dict[str, flo
     return means
 
 
-def _moments(name: str, values: torch.Tensor) -> dict[str, Metric]:
-    values = values.detach()
-    return {name: (values.sum(), len(values)), f"{name}_squared": (torch.dot(values, values), len(values))}
+def _moments(name: str, values: torch.Tensor, summands: torch.Tensor) -> dict[str, Metric]:
+    """Sums of `values` and of their squares; `summands` are the values, or partial sums of them."""
+    values, summands = values.detach(), summands.detach()
+    return {name: (summands.sum(), len(values)), f"{name}_squared": (torch.dot(values, values), len(values))}

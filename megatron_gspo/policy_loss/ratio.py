@@ -34,9 +34,14 @@ class ImportanceRatios:
         return abs_max(self.token_log)
 
     @cached_property
+    def sequence_sum(self) -> torch.Tensor:
+        """log of a response's likelihood ratio, [N]: the sum of its token log-ratios."""
+        return self.segments.sum(self.token_log)
+
+    @cached_property
     def sequence_log(self) -> torch.Tensor:
         """log s_i (eq. 8), [N]: the mean of the token log-ratios, so a response's ratio does not grow with its length."""
-        return self.segments.mean(self.token_log)
+        return self.sequence_sum / self.segments.divisors
 
     @cached_property
     def sequence_log_at_tokens(self) -> torch.Tensor:

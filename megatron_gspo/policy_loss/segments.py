@@ -32,6 +32,11 @@ class Segments:
         """[N] int64, tokens of each response."""
         return self.cu_seqlens.diff().long()
 
+    @cached_property
+    def divisors(self) -> torch.Tensor:
+        """[N] int64, what turns a response's sum into its mean: its length, or 1 where it has no tokens."""
+        return self.lengths.clamp(min=1)
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum `values` [T] over each response: [N], differentiable once, and deterministic on every device.
 
@@ -41,7 +46,7 @@ class Segments:
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Average `values` [T] over each response: [N], differentiable once."""
-        return self.sum(values) / self.lengths.clamp(min=1)
+        return self.sum(values) / self.divisors
 
     def expand(self, values: torch.Tensor) -> torch.Tensor:
         """Give every token its response's value: [N] to [T], as a constant (no gradient flows back)."""

@@ -5,7 +5,8 @@ adds to gradients that are there already, as micro-batches do: ours to Megatron'
 time, the matrix products that recomputing the logits takes, 8 · tokens · hidden · vocabulary operations; of memory,
 nothing but the gradient of the weight, so the peak is given as a share of the logits' bytes.
 
-TRL's and verl's functions give the gradients of log-prob and entropy too; what they leave out is said beside the figures.
+TRL's and verl's functions give the gradients of log-prob and entropy too, by tiles of their own; a note beside the
+figures says of which sizes, and that TRL's runs without its Triton kernels here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, ChunkedLogProbFunction
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
@@ -37,12 +38,7 @@ def measure(bench: Bench) -> None:
     """Time, memory, and what rows without a gradient cost."""
     sides: dict[str, Side] = {"ours": ours, "naive": naive, "TRL": trls, "verl": verls}
     hidden, weight, targets, coefficients = problem(TOKENS)
-    expected = gradients(naive, hidden, weight, targets, coefficients)
-    for name in ("ours", "TRL", "verl"):
-        found = gradients(sides[name], hidden, weight, targets, coefficients)
-        for what, left, right in zip(("hidden", "weight"), found, expected, strict=True):
-            bench.same(f"gradient of {what}, {name} beside naive", left, right, tolerance=2e-4)
-    del expected, found, left, right
+    check_same(bench, sides, hidden, weight, targets, coefficients)
     gc.collect()
     runs = {
         name: partial(accumulate, side, hidden, trained(weight, side), targets, coefficients)
@@ -56,6 +52,17 @@ def measure(bench: Bench) -> None:
     bench.profile(runs["ours"], repeats=1)
     del runs
     measure_memory(bench, sides)
+
+
+def check_same(
+    bench: Bench, sides: dict[str, Side], hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor
+) -> None:
+    """Every side's log-probs, entropies and gradients beside the naive ones."""
+    expected = results(naive, hidden, weight, targets, coefficients)
+    for name in ("ours", "TRL", "verl"):
+        found = results(sides[name], hidden, weight, targets, coefficients)
+        for what, result in found.items():
+            bench.same(f"{what}, {name} beside naive", result, expected[what], tolerance=2e-4)
 
 
 def measure_zero_rows(bench: Bench, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> None:
@@ -82,17 +89,31 @@ def measure_zero_rows(bench: Bench, hidden: Tensor, weight: Tensor, targets: Ten
 
 
 def measure_memory(bench: Bench, sides: dict[str, Side]) -> None:
-    """Peak memory as a share of the logits' bytes: the same every time, so measured once."""
-    for name, side in sides.items():
-        tokens = MEMORY_TOKENS if name != "naive" else MEMORY_TOKENS // 8
+    """Peak memory as a share of the logits' bytes: the same every time, so measured once.
+
+    Ours at both sizes: the naive side, which takes five times the logits' bytes, is measured at one chunk's alone.
+    """
+    for name, tokens in (
+        ("ours", MEMORY_TOKENS),
+        ("TRL", MEMORY_TOKENS),
+        ("verl", MEMORY_TOKENS),
+        ("ours", CHUNK_TOKENS),
+        ("naive", CHUNK_TOKENS),
+    ):
         hidden, weight, targets, coefficients = problem(tokens, MEMORY_HIDDEN)
-        run = partial(accumulate, side, hidden, trained(weight, side), targets, coefficients)
+        run = partial(accumulate, sides[name], hidden, trained(weight, sides[name]), targets, coefficients)
         share = peak_bytes(run) / (tokens * VOCABULARY * 4)
-        aim = 0.25 if name == "ours" else None
-        bench.figure(f"peak memory of {name} / the logits' bytes", [share], better="lower", aim=aim)
+        aim = 0.25 if (name, tokens) == ("ours", MEMORY_TOKENS) else None
+        figure = f"peak memory of {name}, {tokens:,} tokens / the logits' bytes"
+        bench.figure(figure, [share], better="lower", aim=aim)
     bench.note(
-        f"memory at {MEMORY_TOKENS} tokens (naive: {MEMORY_TOKENS // 8}) and hidden size {MEMORY_HIDDEN}, where the "
-        f"weight's gradient takes {MEMORY_HIDDEN / MEMORY_TOKENS:.3f} of the logits' bytes"
+        f"memory at hidden size {MEMORY_HIDDEN}, where the weight's gradient takes {MEMORY_HIDDEN / MEMORY_TOKENS:.3f} "
+        f"of the logits' bytes of {MEMORY_TOKENS:,} tokens and {MEMORY_HIDDEN / CHUNK_TOKENS:.3f} of {CHUNK_TOKENS:,}"
+    )
+    bench.note(
+        "TRL's function ran what it falls back to without Triton, which a CPU lacks; its tiles are "
+        f"{TOKEN_CHUNK_SIZE:,} tokens × {_CHUNKED_LOGPROB_CHUNK_SIZE:,} of the vocabulary, and verl's "
+        f"{FusedLinearForPPO().chunk_size:,} tokens × all of it: beyond a tile neither's buffers grow with the tokens"
     )
 
 
@@ -105,19 +126,30 @@ def problem(num_tokens: int, hidden_size: int = HIDDEN) -> tuple[Tensor, Tensor,
     return hidden, weight, targets, torch.randn(num_tokens, 2, generator=generator)
 
 
-def gradients(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
-    """Of hidden states and weight, alone."""
+def results(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> dict[str, Tensor]:
+    """Log-probs [T], entropies [T], and the gradients of hidden states [T, H] and weight [V, H], from nothing."""
     hidden, weight = hidden.detach().requires_grad_(), trained(weight, side)
-    accumulate(side, hidden, weight, targets, coefficients)
-    return hidden.grad, weight.main_grad if side is ours else weight.grad  # type: ignore[return-value]
+    log_probs, entropy = accumulate(side, hidden, weight, targets, coefficients)
+    of_weight = weight.main_grad if side is ours else weight.grad  # type: ignore[attr-defined]
+    assert hidden.grad is not None
+    assert of_weight is not None
+    return {
+        "log-probs": log_probs,
+        "entropies": entropy,
+        "gradient of hidden": hidden.grad,
+        "gradient of weight": of_weight,
+    }
 
 
-def accumulate(side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor) -> None:
-    """Add the gradients to those that are there."""
+def accumulate(
+    side: Side, hidden: Tensor, weight: Tensor, targets: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Add the gradients to those that are there. Returns log-probs and entropies, [T] each, detached."""
     log_probs, entropy = side(hidden, weight, targets)
     (log_probs * coefficients[:, 0] + entropy * coefficients[:, 1]).sum().backward()
     if side is ours:
         weight.grad = None  # as Megatron's hook leaves it
+    return log_probs.detach(), entropy.detach()
 
 
 def trained(weight: Tensor, side: Side) -> Tensor:

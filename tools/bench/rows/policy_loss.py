@@ -1,10 +1,11 @@
 """The policy loss, forward and backward, of 64 responses × 4,096 tokens, beside TRL's and verl's on the same tensors.
 
-Each side returns its loss with its own metrics, as its trainer calls it. TRL's is the loss method of its GRPOTrainer, handed
-log-probs instead of a model. The floor reads and writes 16 bytes a token: two log-probs in, a gradient out, and one more.
-Three more measures of how near it one can come: GSPO and our metrics as a few plain lines for responses of one length, fused
-by `torch.compile` into native code; the difference of the log-probs alone; and autograd alone, a function that computes
-nothing and hands back memory that nobody has written.
+Each side returns its loss with its own metrics, as its trainer calls it; losses and gradients are held to each other.
+TRL's is the loss method of its GRPOTrainer, handed log-probs instead of a model. Settings, masks and bounds of
+responses are made once, outside of what is timed. The floor reads and writes 16 bytes a token: two log-probs in, a
+gradient out, and one more. For GSPO three more measures of how near it one can come: GSPO and our metrics as a few
+plain lines for responses of one length, fused by `torch.compile` into native code; the difference of the log-probs
+alone; and autograd alone, a function that computes nothing and hands back memory that nobody has written.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from tools.bench.harness import Bench, copy_probe
 NUM_RESPONSES, TOKENS = 64, 4096
 CALLS = 5  # a turn: one takes about a millisecond
 
+#: Log-probs [N, tokens], those of the old policy, and advantages [N] to a loss, 0-d
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
 
 def measure(bench: Bench) -> None:
     """GSPO, then GRPO."""
@@ -38,33 +42,25 @@ def measure(bench: Bench) -> None:
     advantages = torch.randn(NUM_RESPONSES, generator=generator)
     for objective in ("gspo", "grpo"):
         measure_objective(bench, objective, current, old, advantages)
-    bench.profile(partial(gradient, partial(ours, "gspo"), current, old, advantages))
+    bench.profile(partial(differentiate, ours("gspo"), current, old, advantages))
 
 
 def measure_objective(bench: Bench, objective: str, current: Tensor, old: Tensor, advantages: Tensor) -> None:
-    sides: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "ours": partial(ours, objective),
-        "TRL": partial(trls, objective),
-        "verl": partial(verls, objective),
-    }
-    gradients = {name: gradient(side, current, old, advantages) for name, side in sides.items()}
-    for peer in ("TRL", "verl"):
-        bench.same(f"{objective}: gradient beside {peer}'s", gradients["ours"], gradients[peer], tolerance=1e-4)
+    sides = {"ours": ours(objective), "TRL": trls(objective), "verl": verls(objective)}
     if objective == "gspo":
         compiled = torch.compile(few_lines_of_gspo)
         sides["compiled"] = lambda *inputs: compiled(*inputs)[0]
-        bench.same(
-            "gspo: gradient beside the compiled one's",
-            gradients["ours"],
-            gradient(sides["compiled"], current, old, advantages),
-            tolerance=1e-4,
+    check_same(bench, objective, sides, current, old, advantages)
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(differentiate, side, current, old, advantages) for name, side in sides.items()
+    }
+    calls["floor"] = copy_probe(8 * current.numel())  # reads 8 bytes a token and writes 8
+    if objective == "gspo":
+        calls["difference"] = lambda: current - old
+        calls["autograd"] = partial(
+            differentiate, lambda log_probs, *_: _Nothing.apply(log_probs), current, old, advantages
         )
-    runs = {name: partial(repeat, partial(gradient, side, current, old, advantages)) for name, side in sides.items()}
-    runs["floor"] = partial(repeat, copy_probe(8 * current.numel()))  # reads 8 bytes a token and writes 8
-    runs["difference"] = partial(repeat, lambda: current - old)
-    runs["autograd"] = partial(
-        repeat, partial(gradient, lambda log_probs, *_: _Nothing.apply(log_probs), current, old, advantages)
-    )
+    runs = {name: partial(repeat, call) for name, call in calls.items()}
     times = bench.alternate(runs, rounds=4 * bench.rounds)
     for peer in ("TRL", "verl"):
         aim = 1.0 if objective == "gspo" else None
@@ -84,24 +80,38 @@ def measure_objective(bench: Bench, objective: str, current: Tensor, old: Tensor
         bench.figure(name, times.ratio("autograd", "floor"), better="lower")
 
 
+def check_same(
+    bench: Bench, objective: str, sides: dict[str, Loss], current: Tensor, old: Tensor, advantages: Tensor
+) -> None:
+    """Our loss and gradient beside every other side's: all minimise the same mean over responses."""
+    found = {name: differentiate(side, current, old, advantages) for name, side in sides.items()}
+    for name in (name for name in sides if name != "ours"):
+        for what, ours_is, theirs_is in zip(("loss", "gradient"), found["ours"], found[name], strict=True):
+            bench.same(f"{objective}: {what} beside that of {name}", ours_is, theirs_is, tolerance=1e-4)
+
+
 def repeat(function: Callable[[], object]) -> None:
     for _ in range(CALLS):
         function()
 
 
-def gradient(
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor], current: Tensor, old: Tensor, advantages: Tensor
-) -> Tensor:
-    """The gradient of the loss with respect to the log-probs, [N, tokens]."""
+def differentiate(loss: Loss, current: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, 0-d, detached, and its gradient with respect to the log-probs, [N, tokens]."""
     log_probs = current.detach().requires_grad_()
-    loss(log_probs, old, advantages).backward()
+    value = loss(log_probs, old, advantages)
+    value.backward()
     assert log_probs.grad is not None
-    return log_probs.grad
+    return value.detach(), log_probs.grad
 
 
-def ours(objective: str, log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
-    cu_seqlens = torch.arange(len(advantages) + 1) * log_probs.shape[1]
-    return policy_loss(objective, log_probs.flatten(), old.flatten(), advantages, cu_seqlens).loss
+def ours(objective: str) -> Loss:
+    """This project's."""
+    cu_seqlens = torch.arange(NUM_RESPONSES + 1) * TOKENS
+
+    def loss(log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        return policy_loss(objective, log_probs.flatten(), old.flatten(), advantages, cu_seqlens).loss
+
+    return loss
 
 
 def few_lines_of_gspo(log_probs: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
@@ -137,10 +147,12 @@ def clip_range(objective: str) -> tuple[float, float]:
     return OBJECTIVES[objective].clip_low, OBJECTIVES[objective].clip_high
 
 
-def trls(objective: str, log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+def trls(objective: str) -> Loss:
+    """The loss method of TRL's GRPOTrainer, called on an object that has what the method asks its trainer for."""
     low, high = clip_range(objective)
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (log_probs, log_probs.detach(), None),
+        # Log-probs come in the model's place: kept by the trainer, the last call's would stay in memory for the next.
+        _get_per_token_logps_and_entropies=lambda log_probs, *_, **__: (log_probs, log_probs.detach(), None),
         importance_sampling_level="sequence" if objective == "gspo" else "token",
         epsilon_low=low,
         epsilon_high=high,
@@ -157,16 +169,14 @@ def trls(objective: str, log_probs: Tensor, old: Tensor, advantages: Tensor) -> 
         accelerator=SimpleNamespace(reduce=lambda x, **_: x, gather=lambda x: x),
         _metrics={"train": _Lists()},
     )
-    mask = MASKS.setdefault(log_probs.shape, torch.ones(log_probs.shape, dtype=torch.int64))
-    inputs = {
-        "prompt_ids": mask[:, :1],
-        "prompt_mask": mask[:, :1],
-        "completion_ids": mask,
-        "completion_mask": mask,
-        "advantages": advantages,
-        "old_per_token_logps": old,
-    }
-    return GRPOTrainer._compute_loss(trainer, None, inputs)
+    mask = full_mask()
+    ids = {"prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask}
+
+    def loss(log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        inputs = ids | {"advantages": advantages, "old_per_token_logps": old}
+        return GRPOTrainer._compute_loss(trainer, log_probs, inputs)
+
+    return loss
 
 
 class _Lists(dict[str, list[float]]):
@@ -174,21 +184,27 @@ class _Lists(dict[str, list[float]]):
         return self.setdefault(key, [])
 
 
-MASKS: dict[Any, Tensor] = {}
-ACTOR = partial(ActorConfig, strategy="fsdp", ppo_micro_batch_size_per_gpu=1, rollout_n=8)
-
-
-def verls(objective: str, log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+def verls(objective: str) -> Loss:
+    """verl's function of the objective."""
     low, high = clip_range(objective)
     function = compute_policy_loss_gspo if objective == "gspo" else compute_policy_loss_vanilla
-    mask = MASKS.setdefault(log_probs.shape, torch.ones(log_probs.shape, dtype=torch.int64))
-    loss, _ = function(
-        old,
-        log_probs,
-        advantages[:, None].expand_as(log_probs),
-        mask,
-        "seq-mean-token-mean",
-        # The dual clip cannot be left out of verl's vanilla loss; this one is never reached.
-        ACTOR(clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=1e6),
+    config = ActorConfig(
+        strategy="fsdp",
+        ppo_micro_batch_size_per_gpu=1,
+        rollout_n=8,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=1e6,  # the dual clip cannot be left out of verl's vanilla loss; this one is never reached
     )
+    mask = full_mask()
+
+    def loss(log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        of_tokens = advantages[:, None].expand_as(log_probs)
+        return function(old, log_probs, of_tokens, mask, "seq-mean-token-mean", config)[0]
+
     return loss
+
+
+def full_mask() -> Tensor:
+    """[N, tokens] int64: every token is a response's, as TRL's and verl's trainers have their masks."""
+    return torch.ones(NUM_RESPONSES, TOKENS, dtype=torch.int64)
