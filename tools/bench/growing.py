@@ -1,24 +1,26 @@
 """A training step of a given size in processes forked for it, and what time and memory should come to by formula.
 
-In: a `Size`. Out: processor seconds of its steps, bytes at its peak, and the loss it began with. One process a rank; all
-of a size's ranks are told to step together, and what is reported is the slowest one's. Responses have one length, so that
-more tokens are more responses; micro-batches hold all of a rank's.
+In: a `Size`. Out: processor seconds of its steps, bytes of tensors at a step's peak, and its mean log-prob at first.
+One process a rank; all of a size's ranks are told to step together, and what is reported is that of the rank that takes
+most. Responses have one length, so that more tokens are more responses; micro-batches hold all of a rank's.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron_gspo import parallel
 from megatron_gspo.config import ParallelSection, Recipe, load_recipe
@@ -35,7 +37,6 @@ from megatron_gspo.training.optimizer import build_trainable_policy
 from megatron_gspo.training.step import MiniBatchLoss, update_policy
 from megatron_gspo.training.totals import Totals
 from tools.bench import models
-from tools.bench.memory import resident_bytes, set_peak_back
 
 LENGTH = 128  # tokens of a response with its prompt
 SHAPES = {
@@ -48,6 +49,16 @@ SHAPES = {
     "moe_intermediate_size": 256,
 }
 AXES = ("tokens", "experts", "layers", "ranks")
+PEAK_STEPS = 3
+
+
+class EvenlyRouted(Activations):
+    """With as many rows on every rank: the margin for uneven routes is for planning, and says nothing of growth."""
+
+    @property
+    def expert_rows(self) -> int:
+        """T: an even share of the dispatched rows."""
+        return self.sequence_tokens * self.shapes.top_k * self.parallel.expert_tensor_size
 
 
 @dataclass(frozen=True)
@@ -76,15 +87,24 @@ class Size:
         attention, router = of.hidden * (2 * of.query + 2 * of.key_value), of.hidden * of.experts
         return self.layers * (attention + router) + 2 * of.vocabulary * of.hidden
 
+    @property
+    def expert_parameters(self) -> int:
+        """Those of the experts that one rank has."""
+        of = self.shapes
+        return self.layers * of.experts // self.ranks * 3 * of.hidden * of.expert_width
+
     def causes(self) -> tuple[float, float, float, float]:
-        """What time is spent on, on one rank: operations of matrix products, parameters updated, layers, once."""
+        """What time is spent on, on one rank: operations of matrix products, parameters updated, layers, once.
+
+        Of what all ranks have, each updates its share: the optimizer is distributed.
+        """
         of, tokens = self.shapes, self.tokens / self.ranks
         expert = 3 * of.hidden * of.expert_width
         active = self.shared_parameters - of.vocabulary * of.hidden + self.layers * of.top_k * expert
         pairs = tokens * LENGTH
         operations = 6 * active * tokens + 12 * self.layers * of.query * pairs / 2
-        parameters = self.shared_parameters + self.layers * of.experts / self.ranks * expert
-        return operations, parameters, float(self.layers), 1.0
+        updated = self.shared_parameters / self.ranks + self.expert_parameters
+        return operations, updated, float(self.layers), 1.0
 
     def exchanged_bytes(self) -> float:
         """What leaves a rank: tokens for experts elsewhere and back, forward and backward; and gradients, summed."""
@@ -92,44 +112,59 @@ class Size:
         dispatched = 4 * self.layers * self.tokens / self.ranks * of.top_k * of.hidden
         return FLOAT32 * elsewhere * (dispatched + 2 * self.shared_parameters)
 
-    def bytes(self) -> float:
-        """What a rank takes at its peak beyond the program: `megatron_gspo.memory`'s terms for layers on a CPU."""
+    def held_bytes(self) -> int:
+        """What a rank holds between steps: parameters, gradients, and its share of Adam's moments."""
+        static = static_memory(self.shapes, parallel_section(self.ranks), FLOAT32, 0, None)
+        return static.parameters + static.gradients + static.optimizer
+
+    def bytes(self) -> int:
+        """What a rank's tensors take at a step's peak, by `megatron_gspo.memory`'s terms for layers on a CPU.
+
+        That is what it holds, and the more of two that are never there together: what the forward pass keeps, with the
+        gradients passing through a layer; and the copy of a buffer of gradients that gloo sums over ranks (PyTorch's
+        ProcessGroupGloo clones the input of reduce_scatter), the experts' or the others'.
+        """
         layout = parallel_section(self.ranks)
-        static = static_memory(self.shapes, layout, FLOAT32, 0, None)
-        kept = Activations(self.shapes, layout, FLOAT32, "none", self.tokens // self.ranks, cuda=False)
-        layers = self.layers * kept.layer(is_moe=True) + kept.passing(is_moe=True)
-        return float(static.parameters + static.gradients + static.optimizer + layers)
+        kept = EvenlyRouted(self.shapes, layout, FLOAT32, "none", self.tokens // self.ranks, cuda=False)
+        backward = self.layers * kept.layer(is_moe=True) + kept.passing(is_moe=True)
+        reduced = FLOAT32 * max(self.shared_parameters, self.expert_parameters)
+        return self.held_bytes() + max(backward, reduced)
 
 
 class Growing:
-    """Steps of one size; a process a rank, until closed."""
+    """Steps of one size; a process a rank, until closed. All of `worlds`, each of as many ranks, step at once."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: Size, worlds: int = 1) -> None:
         self.size = size
-        port = free_port()
         fork = multiprocessing.get_context("fork")
-        pipes = [fork.Pipe() for _ in range(size.ranks)]
+        ports = [free_port() for _ in range(worlds)]
+        places = list(itertools.product(ports, range(size.ranks)))
+        pipes = [fork.Pipe() for _ in places]
         self._connections = [ours for ours, _ in pipes]
         self._processes = [
             fork.Process(target=_steps, args=(size, rank, port, theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
+            for (port, rank), (_, theirs) in zip(places, pipes, strict=True)
         ]
         for process in self._processes:
             process.start()
         for _, theirs in pipes:
             theirs.close()  # so that a process that ends is heard
-        self.loss = sum(self._hear())
+        self.mean_log_prob = sum(self._hear()) / worlds
 
     def step(self) -> float:
         """Processor seconds of a step, on the rank that took most."""
         return max(self._ask("step"))
 
-    def close(self) -> float:
-        """End the processes. Returns the bytes at the peak, of the rank that took most."""
-        peak = max(self._ask("end"))
+    def peak_bytes(self) -> int:
+        """Bytes of tensors at a step's peak, on the rank that has most. The first step makes moments: ask later."""
+        return int(max(self._ask("peak")))
+
+    def close(self) -> None:
+        """End the processes."""
+        for connection in self._connections:
+            connection.send("end")
         for process in self._processes:
             process.join()
-        return peak
 
     def _ask(self, what: str) -> list[float]:
         for connection in self._connections:
@@ -141,7 +176,7 @@ class Growing:
 
 
 def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
-    """A rank's process: the loss at first, then the seconds of every step it is told to make, its peak at the end."""
+    """A rank's process: its part of the mean log-prob, then to each question a step's seconds or bytes at its peak."""
     place = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -154,7 +189,7 @@ def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
         recipe = write_recipe(size, Path(directory))
         parallel.initialize_distributed()
         parallel.initialize_model_parallel(recipe.parallel, recipe.seed)
-        before = set_peak_back()
+        before = held_bytes()
         policy = build_trainable_policy(build_models(recipe), recipe, reinforcement_learning_rate(recipe))
     samples = models.samples([LENGTH] * (size.tokens // LENGTH), vocabulary=256)
     num_response_tokens = sum(len(sample.response_token_ids) for sample in samples)
@@ -162,15 +197,45 @@ def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
     batch = MiniBatch(pack_samples(own, recipe, pad_token_id=0), len(samples), num_response_tokens)
     old = token_log_probs(policy.chunks, batch.micro_batches, temperature=1.0)
     connection.send(float(sum(log_probs.double().sum() for log_probs in old)) / num_response_tokens)
-    for number in itertools.count(1):
-        if connection.recv() == "end":
-            break
-        started = time.process_time()
+    numbers = itertools.count(1)
+
+    def step() -> None:
         loss = MiniBatchLoss(recipe, batch, old, None)
-        update_policy(policy, batch, loss, SkippedUpdates(0), number, Totals(), measure_mismatch=False)
-        connection.send(time.process_time() - started)
-    connection.send(float(resident_bytes("VmHWM") - before))
+        update_policy(policy, batch, loss, SkippedUpdates(0), next(numbers), Totals(), measure_mismatch=False)
+
+    while (question := connection.recv()) != "end":
+        if question == "peak":
+            held = held_bytes() - before
+            connection.send(held + min(grown_bytes(step) for _ in range(PEAK_STEPS)))
+        else:
+            started = time.process_time()
+            step()
+            connection.send(time.process_time() - started)
     parallel.shutdown()
+
+
+def held_bytes() -> int:
+    """Bytes of memory behind all tensors that Python knows of; what two share counts once."""
+    gc.collect()
+    # By type: asking an object what it is wakes modules that load themselves when they are used.
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor) and each.device.type == "cpu"]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr()}.values())
+
+
+def grown_bytes(function: Callable[[], object]) -> int:
+    """The most bytes that `function` has of PyTorch's allocator at a time, beyond what was there before it.
+
+    Resident memory would add what the C library keeps for later and pages of programs run for the first time. The
+    profiler does not hear of what gloo's thread frees, so now and then it says too much: take the least of several.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    result = profile.profiler.kineto_results if profile.profiler else None
+    assert result is not None, "the profiler has run"
+    changes = [(event.start_ns(), event.nbytes()) for event in result.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda change: change[0])  # stable: events of one nanosecond stay in their order
+    return max(itertools.accumulate((num_bytes for _, num_bytes in changes), initial=0))
 
 
 def parallel_section(ranks: int) -> ParallelSection:
@@ -198,7 +263,7 @@ training:
 
 
 def fitted(causes: Sequence[Sequence[float]], seconds: Sequence[float]) -> np.ndarray:
-    """The costs, none negative, by which `causes` [points, C] best give `seconds` [points], each point weighing as much.
+    """The costs, none negative, by which `causes` [points, C] best give `seconds` [points], each point weighing alike.
 
     Least squares of relative errors, over every choice of the causes that cost something: there are few.
     """

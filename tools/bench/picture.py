@@ -41,7 +41,7 @@ def panel(axis: Axes, name: str, values: dict[str, Any]) -> None:
     axis.plot(factors, values["time by formula"], "-", color=TIME, label="time, formula")
     axis.errorbar(factors, middle, swing, fmt="o", color=TIME, capsize=3, label="processor time a rank")
     axis.plot(factors, values["memory by formula"], "--", color=MEMORY, label="memory, formula")
-    axis.plot(factors, values["memory"], "s", color=MEMORY, label="peak memory a rank")
+    axis.plot(factors, values["memory"], "s", color=MEMORY, label="peak of tensors a rank")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
     axis.set_xticks(factors, [f"{factor:g}×" for factor in factors])

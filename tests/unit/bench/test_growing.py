@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_gspo.training.assembly import build_models
-from tools.bench.growing import Size, exponent, fitted, write_recipe
+from tools.bench.growing import Size, exponent, fitted, grown_bytes, held_bytes, write_recipe
 from tools.bench.picture import draw
 from tools.bench.rows.growth import BASE, along
 
@@ -30,9 +31,42 @@ def test_a_size_costs_what_grows_with_it():
     assert deeper[2] == 2 and 1.8 < deeper[0] < 2 and 1.8 < deeper[1] < 2
     wider = np.array(replace(BASE, experts=2 * BASE.experts).causes()) / base
     assert 1 < wider[0] < 1.01 and 1.7 < wider[1] < 2
-    shared = np.array(replace(BASE, ranks=2).causes()) / base
-    assert shared[0] == 0.5 and 0.5 < shared[1] < 0.7
-    assert [size.bytes() for size in along("tokens")] == sorted(size.bytes() for size in along("tokens"))
+    assert np.array(replace(BASE, ranks=2).causes()) == pytest.approx(base * [0.5, 0.5, 1, 1])
+
+
+@pytest.mark.parametrize("size", [*along("experts"), *along("ranks")], ids=str)
+def test_bytes_at_the_peak_are_those_of_the_formula_in_the_docs(size: Size):
+    of, experts = size.shapes, size.expert_parameters
+    held = 16 * experts + 8 * size.shared_parameters * (1 + 1 / size.ranks)
+    assert size.held_bytes() == pytest.approx(held, rel=0.01)  # norms, and room between parameters
+    # A token's, in a layer: both norms and layers' inputs; attention; routes; rows and what their experts make of them.
+    heads = (2 * of.query + of.key_value) / of.head
+    attention = 20 * of.query + 16 * of.key_value + 4 * heads + 16
+    kept = 16 * of.hidden + 8 + attention + 5 * of.experts + of.top_k * (4 * of.hidden + 20 * of.expert_width + 24)
+    passing = of.top_k * (8 * of.hidden + 16 * of.expert_width)
+    weights = 8 * of.experts / size.ranks * of.hidden * of.expert_width
+    backward = size.tokens / size.ranks * (size.layers * kept + passing) + weights
+    copied = 4 * max(experts, size.shared_parameters)
+    assert size.bytes() - size.held_bytes() == pytest.approx(max(backward, copied))
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_bytes_held_are_the_models_tensors_each_memory_once(tmp_path: Path):
+    before = held_bytes()
+    (model,) = build_models(write_recipe(SMALL, tmp_path))
+    shared = [weight.view(-1) for weight in model.parameters()]
+    weights = sum(weight.nbytes for weight in shared)
+    assert weights <= held_bytes() - before < 1.01 * weights
+
+
+def test_bytes_grown_are_those_of_the_moment_with_most():
+    def run() -> torch.Tensor:
+        first = torch.zeros(3, 2**20)
+        del first
+        second = torch.zeros(2, 2**20)
+        return second.sum()
+
+    assert 3 * 2**22 <= grown_bytes(run) < 3 * 2**22 + 2**12
 
 
 def test_what_leaves_a_rank_is_the_tokens_of_experts_elsewhere_and_the_gradients_of_what_all_have():
