@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 
 from megatron_gspo.data.problems import Message, Problem
 from megatron_gspo.types import UserError
@@ -98,6 +96,8 @@ class ParquetProblems(FileProblems):
     """
 
     def __init__(self, path: Path) -> None:
+        import pyarrow.parquet  # here, because it takes 30 MB of every rank, and few runs have such files
+
         super().__init__(path)
         try:
             self._table = pyarrow.parquet.read_table(path)
