@@ -30,6 +30,7 @@ from torch import Tensor
 from megatron_gspo.config import ModelSection
 from megatron_gspo.model.log_probs import token_log_probs
 from megatron_gspo.platform import device
+from tools.bench.logits import naive, products
 
 #: As `install_peers.sh` installs it.
 LIGER_VERSION = "0.8.5"
@@ -134,11 +135,6 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor, *, with_entropy: bool 
     return token_log_probs(hidden, weight, targets, chunk_tokens=CHUNK_TOKENS, with_entropy=with_entropy)
 
 
-def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = (hidden @ weight.t()).float().log_softmax(dim=-1)
-    return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=-1)
-
-
 def ligers() -> Side:
     """Liger's side; imported where it is wanted."""
     functional = import_module("liger_kernel.transformers.functional")
@@ -206,27 +202,13 @@ def accumulate(side: Side, problem: Problem) -> None:
         problem.weight.grad = None  # as Megatron's hook leaves it
 
 
-def products(problem: Problem) -> Callable[[], None]:
-    """The logits twice, and both gradients of them: 8 · T · H · V operations."""
-    hidden, weight = problem.hidden.detach(), problem.weight.detach()
-    logits, grad_hidden, grad_weight = hidden @ weight.t(), torch.empty_like(hidden), torch.empty_like(weight)
-
-    def run() -> None:
-        for _ in range(2):
-            torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(logits, weight, out=grad_hidden)
-        torch.mm(logits.t(), hidden, out=grad_weight)
-
-    return run
-
-
 def timed(sides: Mapping[str, Side], sizes: Sizes) -> dict[str, list[float]]:
     """Milliseconds of every side and of the floor, two a round: there and back, after a run that is not counted."""
     problem = Problem.of(sizes, sizes.timed_tokens)
     runs: dict[str, Callable[[], None]] = {
         name: partial(accumulate, side, prepared(name, problem)) for name, side in sides.items()
     }
-    runs["floor"] = products(problem)
+    runs["floor"] = products(problem.hidden, problem.weight)
     for run in runs.values():
         run()
     found: dict[str, list[float]] = {name: [] for name in runs}

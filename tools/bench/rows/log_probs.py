@@ -24,6 +24,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from megatron_gspo.config import ModelSection
 from megatron_gspo.model.log_probs import token_log_probs
 from tools.bench.harness import Bench, alternate
+from tools.bench.logits import naive, products
 from tools.bench.memory import peak_bytes
 
 VOCABULARY, HIDDEN = 151_936, 2048
@@ -166,11 +167,6 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
     return log_probs, entropy
 
 
-def naive(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = (hidden @ weight.t()).log_softmax(dim=-1)
-    return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(dim=-1)
-
-
 def trls(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     outputs = ChunkedLogProbFunction.apply(
         hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy",)
@@ -180,17 +176,3 @@ def trls(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tenso
 
 def verls(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return FusedLinearForPPO()(hidden, weight, targets)
-
-
-def products(hidden: Tensor, weight: Tensor) -> Callable[[], None]:
-    """The logits twice, and both gradients of them: 8 · tokens · hidden · vocabulary operations."""
-    hidden, weight = hidden.detach(), weight.detach()
-    logits, grad_hidden, grad_weight = hidden @ weight.t(), torch.empty_like(hidden), torch.empty_like(weight)
-
-    def run() -> None:
-        for _ in range(2):
-            torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(logits, weight, out=grad_hidden)
-        torch.mm(logits.t(), hidden, out=grad_weight)
-
-    return run

@@ -9,6 +9,8 @@ import os
 import time
 from pathlib import Path
 
+from tools.bench.memory import resident_bytes
+
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
@@ -27,14 +29,10 @@ def peak_bytes() -> int:
 
     Files that others than this process map are left out: they are the libraries that it maps too, in the same memory.
     """
-    of_each = [_memory(process) for process in family()]
-    return sum(memory["VmHWM"] for memory in of_each) - sum(memory["RssFile"] for memory in of_each[1:])
-
-
-def _memory(process: Path) -> dict[str, int]:
-    """Bytes by the kernel's names for them."""
-    pairs = (line.split(":", 1) for line in (process / "status").read_text().splitlines())
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs if value.endswith(" kB")}
+    own, *others = (int(process.name) for process in family())
+    return resident_bytes("VmHWM", own) + sum(
+        resident_bytes("VmHWM", other) - resident_bytes("RssFile", other) for other in others
+    )
 
 
 def family() -> list[Path]:
