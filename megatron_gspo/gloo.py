@@ -1,8 +1,12 @@
-"""What gloo lacks of NCCL: collectives of parts that differ in length between ranks.
+"""What gloo lacks of NCCL: collectives of parts that differ in length between ranks, and in place on one rank.
 
 Megatron-Core 0.16.1 gathers the tokens of an expert over its expert-tensor-parallel ranks, and scatters the sums back
 (tensor_parallel/mappings.py). Each rank brings as many tokens as its router sent: unequal parts, wherever those ranks do
 not hold the same tokens or experts are spread over several. NCCL takes them; gloo wants equal ones.
+
+The distributed optimizer scatters the sums of gradients, and gathers parameters, from and to parts of the same memory
+(distributed/param_and_grad_buffer.py). In a group of one, as experts have that are spread over all ranks, nothing is to
+be done, and NCCL does nothing; gloo copies all of it, four times an update, once into new memory.
 """
 
 from __future__ import annotations
@@ -17,13 +21,16 @@ import torch.distributed as dist
 
 
 @functools.cache
-def allow_unequal_parts() -> None:
-    """Give Megatron's two collectives along the first dimension a form for unequal parts. Again is harmless."""
+def prepare_gloo() -> None:
+    """Give Megatron's collectives a form for unequal parts, and its optimizer's one for groups of one. Again is harmless."""
     mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     mappings._gather_along_first_dim = _where_unequal(mappings._gather_along_first_dim, gather_unequal)
     mappings._reduce_scatter_along_first_dim = _where_unequal(
         mappings._reduce_scatter_along_first_dim, reduce_scatter_unequal
     )
+    buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
+    buffers.dist_reduce_scatter_func = _unless_in_place_alone(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = _unless_in_place_alone(buffers.dist_all_gather_func)
 
 
 def gather_unequal(own: torch.Tensor, group: dist.ProcessGroup, lengths: Sequence[int]) -> torch.Tensor:
@@ -59,3 +66,17 @@ def _where_unequal(
         return unequal(tensor, group, lengths)
 
     return collective
+
+
+def _unless_in_place_alone(collective: Callable[..., dist.Work | None]) -> Callable[..., dist.Work | None]:
+    """`collective`, and nothing where one rank would copy memory to itself and nobody waits for a handle."""
+
+    @functools.wraps(collective)
+    def unless(
+        output: torch.Tensor, given: torch.Tensor, *, group: dist.ProcessGroup, async_op: bool, **options: Any
+    ) -> dist.Work | None:
+        if group.size() == 1 and not async_op and output.data_ptr() == given.data_ptr():
+            return None
+        return collective(output, given, group=group, async_op=async_op, **options)
+
+    return unless

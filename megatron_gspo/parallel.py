@@ -20,14 +20,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_gspo.config import ParallelSection
-from megatron_gspo.gloo import allow_unequal_parts
+from megatron_gspo.gloo import prepare_gloo
 from megatron_gspo.launch import place_of_this_process
 from megatron_gspo.platform import detect_machine, device, prepare_megatron
 from megatron_gspo.types import UserError
 
 prepare_megatron()
 if detect_machine().backend == "gloo":
-    allow_unequal_parts()
+    prepare_gloo()
 
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402

@@ -4,8 +4,8 @@ In: a recipe. Out: a `MemoryEstimate`: for every pipeline stage the parts of its
 their limits throughout: every prompt and response as long as the recipe allows, every token one of a response. Tokens
 reach their experts by `alltoall`, whatever `parallel.dispatcher` is.
 
-What stays all the time is added up. Of what comes and goes (the forward and backward passes with their logits, Adam's
-step, the weights' way to the rollout engine, sampling by the local engine) only the largest counts.
+What stays all the time is added up. Of what comes and goes (the forward and backward passes with their logits, the
+weights' way to the rollout engine, sampling by the local engine) only the largest counts. Adam updates in place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ RESERVED_BYTES = 4 * GIB
 #: Parts of which only the largest counts, because they are never there at the same time.
 PHASES = {
     "forward and backward": ("activations", "log-prob logits"),
-    "optimizer step": ("optimizer temporaries",),
     "weight sync": ("weight export",),
     "rollout": ("local engine's cache",),
 }
@@ -94,7 +93,6 @@ class StaticMemory:
     parameters: int  # bytes, padding included
     gradients: int  # bytes, padding included
     optimizer: int  # bytes, on the data-parallel rank with most
-    owned: int  # elements that this rank updates
     numel: int  # elements of the parameters without padding
 
 
@@ -133,7 +131,6 @@ def static_memory(
         parameters=padded * element_bytes,
         gradients=padded * FLOAT32,
         optimizer=owned * states,
-        owned=owned,
         numel=numel,
     )
 
@@ -151,7 +148,6 @@ def _stage(recipe: Recipe, shapes: ModelShapes, stage: int) -> RankMemory:
         "log-prob logits": _logits(recipe, shapes, b) if is_last else 0,
         "routing cache": _routing_cache(recipe, shapes, stage),
         "micro-batches of a step": _step_tokens(recipe) * _BYTES_PER_TOKEN,
-        "optimizer temporaries": static.owned * FLOAT32,  # torch's Adam: the root of the second moment, of all at once
         "weight export": _weight_export(parallel, shapes, b),
         "local engine": shapes.num_parameters * b if recipe.rollout.engine == "local" else 0,
         "local engine's cache": _engine_cache(recipe, shapes, b),

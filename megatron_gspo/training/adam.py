@@ -1,7 +1,7 @@
 """AdamW that keeps its count of updates where NVIDIA's fused Adam keeps it, for machines without that one.
 
-In: parameters in groups. Out: the same update as `torch.optim.AdamW`, with `step` a number of the group. PyTorch keeps
-`step` by parameter, which Megatron-Core 0.16.1 cannot save in a checkpoint that other parallel layouts can load
+In: parameters in groups. Out: the update of `torch.optim.AdamW(fused=True)`, with `step` a number of the group. PyTorch
+keeps `step` by parameter, which Megatron-Core 0.16.1 cannot save in a checkpoint that other parallel layouts can load
 (optimizer/distrib_optimizer.py: KeyError 'step' while loading `fully_reshardable`). With Transformer Engine or Apex,
 Megatron takes their FusedAdam and nothing here is used; what a checkpoint holds is the same either way.
 """
@@ -48,8 +48,10 @@ class AdamWithGroupStep(torch.optim.Optimizer):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 max_exp_avg_sqs=[],
-                # PyTorch counts each of these up by itself.
-                state_steps=[torch.tensor(float(num_updates_before)) for _ in parameters],
+                # PyTorch counts each of these up by itself, where its parameter is.
+                state_steps=[torch.full((), float(num_updates_before), device=each.device) for each in parameters],
+                # One pass in place. Its other forms make temporaries as large as a parameter, on a GPU as all of them.
+                fused=True,
                 decoupled_weight_decay=self._decoupled_weight_decay,
                 amsgrad=False,
                 beta1=beta1,

@@ -18,9 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_gspo import parallel
 from megatron_gspo.config import ParallelSection, Recipe, load_recipe
@@ -29,6 +31,7 @@ from megatron_gspo.launch import free_port
 from megatron_gspo.memory.activations import FLOAT32, Activations
 from megatron_gspo.memory.estimate import static_memory
 from megatron_gspo.memory.shapes import ModelShapes
+from megatron_gspo.routing.tap import RoutingTaps
 from megatron_gspo.training.assembly import build_models, reinforcement_learning_rate
 from megatron_gspo.training.experience import MiniBatch, pack_samples
 from megatron_gspo.training.forward import token_log_probs
@@ -52,18 +55,25 @@ AXES = ("tokens", "experts", "layers", "ranks")
 PEAK_STEPS = 3
 
 
-class EvenlyRouted(Activations):
-    """With as many rows on every rank: the margin for uneven routes is for planning, and says nothing of growth."""
+@dataclass(frozen=True, kw_only=True)
+class AsRouted(Activations):
+    """With the rows that there are: the planner's margin for uneven routes says nothing of growth."""
+
+    load: float
 
     @property
     def expert_rows(self) -> int:
-        """T: an even share of the dispatched rows."""
-        return self.sequence_tokens * self.shapes.top_k * self.parallel.expert_tensor_size
+        """T: of the dispatched rows, `load` times an even share."""
+        return round(self.load * self.sequence_tokens * self.shapes.top_k * self.parallel.expert_tensor_size)
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is made larger."""
+    """What is made larger.
+
+    `load`, where a formula takes it, is the rows of the fullest rank's experts as a multiple of an even share: what takes
+    most is that rank's, and random routers are not even (the fullest of eight ranks has 1.3 times its share).
+    """
 
     tokens: int = 512  # of a step, on all ranks together
     experts: int = 8
@@ -93,14 +103,14 @@ class Size:
         of = self.shapes
         return self.layers * of.experts // self.ranks * 3 * of.hidden * of.expert_width
 
-    def causes(self) -> tuple[float, float, float, float]:
+    def causes(self, load: float = 1.0) -> tuple[float, float, float, float]:
         """What time is spent on, on one rank: operations of matrix products, parameters updated, layers, once.
 
         Of what all ranks have, each updates its share: the optimizer is distributed.
         """
         of, tokens = self.shapes, self.tokens / self.ranks
         expert = 3 * of.hidden * of.expert_width
-        active = self.shared_parameters - of.vocabulary * of.hidden + self.layers * of.top_k * expert
+        active = self.shared_parameters - of.vocabulary * of.hidden + self.layers * of.top_k * expert * load
         pairs = tokens * LENGTH
         operations = 6 * active * tokens + 12 * self.layers * of.query * pairs / 2
         updated = self.shared_parameters / self.ranks + self.expert_parameters
@@ -117,17 +127,18 @@ class Size:
         static = static_memory(self.shapes, parallel_section(self.ranks), FLOAT32, 0, None)
         return static.parameters + static.gradients + static.optimizer
 
-    def bytes(self) -> int:
+    def bytes(self, load: float = 1.0) -> int:
         """What a rank's tensors take at a step's peak, by `megatron_gspo.memory`'s terms for layers on a CPU.
 
         That is what it holds, and the more of two that are never there together: what the forward pass keeps, with the
-        gradients passing through a layer; and the copy of a buffer of gradients that gloo sums over ranks (PyTorch's
-        ProcessGroupGloo clones the input of reduce_scatter), the experts' or the others'.
+        gradients passing through a layer; and the copy of the gradients that gloo sums over ranks (PyTorch's
+        ProcessGroupGloo clones the input of reduce_scatter), which are those of what all ranks have.
         """
         layout = parallel_section(self.ranks)
-        kept = EvenlyRouted(self.shapes, layout, FLOAT32, "none", self.tokens // self.ranks, cuda=False)
+        tokens = self.tokens // self.ranks
+        kept = AsRouted(self.shapes, layout, FLOAT32, "none", tokens, cuda=False, load=load)
         backward = self.layers * kept.layer(is_moe=True) + kept.passing(is_moe=True)
-        reduced = FLOAT32 * max(self.shared_parameters, self.expert_parameters)
+        reduced = FLOAT32 * self.shared_parameters if self.ranks > 1 else 0
         return self.held_bytes() + max(backward, reduced)
 
 
@@ -149,7 +160,9 @@ class Growing:
             process.start()
         for _, theirs in pipes:
             theirs.close()  # so that a process that ends is heard
-        self.mean_log_prob = sum(self._hear()) / worlds
+        first = self._hear()
+        self.mean_log_prob = sum(log_prob for log_prob, _ in first) / worlds
+        self.load = max(load for _, load in first)
 
     def step(self) -> float:
         """Processor seconds of a step, on the rank that took most."""
@@ -171,12 +184,12 @@ class Growing:
             connection.send(what)
         return self._hear()
 
-    def _hear(self) -> list[float]:
+    def _hear(self) -> list[Any]:
         return [connection.recv() for connection in self._connections]
 
 
 def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
-    """A rank's process: its part of the mean log-prob, then to each question a step's seconds or bytes at its peak."""
+    """A rank's process: its part of the mean log-prob and the load, then a step's seconds or bytes at its peak, as asked."""
     place = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -195,8 +208,10 @@ def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
     num_response_tokens = sum(len(sample.response_token_ids) for sample in samples)
     own = samples[rank :: size.ranks]
     batch = MiniBatch(pack_samples(own, recipe, pad_token_id=0), len(samples), num_response_tokens)
-    old = token_log_probs(policy.chunks, batch.micro_batches, temperature=1.0)
-    connection.send(float(sum(log_probs.double().sum() for log_probs in old)) / num_response_tokens)
+    with RoutingTaps(policy.models).record(batch.micro_batches) as session:
+        old = token_log_probs(policy.chunks, batch.micro_batches, temperature=1.0)
+    own_log_probs = float(sum(log_probs.double().sum() for log_probs in old)) / num_response_tokens
+    connection.send((own_log_probs, load_of_the_fullest([routes.by_layer for routes in session.natural_routes], size)))
     numbers = itertools.count(1)
 
     def step() -> None:
@@ -212,6 +227,15 @@ def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
             step()
             connection.send(time.process_time() - started)
     parallel.shutdown()
+
+
+def load_of_the_fullest(routes: Sequence[Tensor], size: Size) -> float:
+    """Rows of the fullest rank's experts as a multiple of an even share, by every rank's `routes`, each [layers, S, K]."""
+    experts = torch.cat([each.flatten() for each in routes])
+    rows = torch.bincount(experts.int(), minlength=size.experts)
+    torch.distributed.all_reduce(rows)
+    of_ranks = rows.view(size.ranks, -1).sum(1)  # experts lie on ranks in their order
+    return float(of_ranks.max() / of_ranks.double().mean())
 
 
 def held_bytes() -> int:

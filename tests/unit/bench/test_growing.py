@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from megatron_gspo.training.assembly import build_models
-from tools.bench.growing import Size, exponent, fitted, grown_bytes, held_bytes, write_recipe
+from tools.bench.growing import (
+    Size,
+    exponent,
+    fitted,
+    grown_bytes,
+    held_bytes,
+    load_of_the_fullest,
+    write_recipe,
+)
 from tools.bench.picture import draw
 from tools.bench.rows.growth import BASE, along
 
@@ -46,8 +54,19 @@ def test_bytes_at_the_peak_are_those_of_the_formula_in_the_docs(size: Size):
     passing = of.top_k * (8 * of.hidden + 16 * of.expert_width)
     weights = 8 * of.experts / size.ranks * of.hidden * of.expert_width
     backward = size.tokens / size.ranks * (size.layers * kept + passing) + weights
-    copied = 4 * max(experts, size.shared_parameters)
+    copied = 4 * size.shared_parameters if size.ranks > 1 else 0
     assert size.bytes() - size.held_bytes() == pytest.approx(max(backward, copied))
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_the_fullest_rank_has_the_rows_of_its_experts():
+    size = Size(experts=4, ranks=2)
+    routes = [torch.tensor([[[0], [0], [3]], [[1], [2], [0]]], dtype=torch.uint8)]  # three tokens in each of two layers
+    assert load_of_the_fullest(routes, size) == pytest.approx(4 / 3)
+    even, uneven = np.array(size.causes()), np.array(size.causes(4 / 3))
+    of = size.shapes
+    rows_of_experts = size.tokens / 2 * size.layers * of.top_k
+    assert uneven - even == pytest.approx([6 / 3 * rows_of_experts * 3 * of.hidden * of.expert_width, 0, 0, 0])
 
 
 @pytest.mark.usefixtures("_one_rank")

@@ -1,4 +1,4 @@
-"""The optimizer that keeps `step` in the group makes PyTorch's updates, bit for bit."""
+"""The optimizer that keeps `step` in the group makes the updates of PyTorch's fused one, bit for bit."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def test_updates_are_those_of_pytorch(decoupled: bool):
     theirs = [torch.nn.Parameter(tensor.clone()) for tensor in start]
     options = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     adam = AdamWithGroupStep([{"params": ours}], adam_w_mode=decoupled, **options)
-    reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)([{"params": theirs}], **options)
+    reference = (torch.optim.AdamW if decoupled else torch.optim.Adam)([{"params": theirs}], fused=True, **options)
     for _ in range(4):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator)

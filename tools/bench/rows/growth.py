@@ -52,13 +52,15 @@ def measure(bench: Bench) -> None:
     medians = {growing: float(np.median(values)) for growing, values in seconds.items()}
     costs = fitted([size.causes() for size in alone], [medians[growing] for growing in alone.values()])
     by_formula = {size: float(np.dot(size.causes(), costs)) for size in alone}
-    by_formula_at_once = formula_of_ranks(costs, {size: medians[growing] for size, growing in shared.items()})
+    loads = {size: growing.load for size, growing in shared.items()}
+    by_formula_at_once = formula_of_ranks(costs, loads, {size: medians[growing] for size, growing in shared.items()})
     for axis, line in lines.items():
         of_axis = [running[f"{axis}: {size}"] for size in line]
         rounds = list(zip(*(seconds[growing] for growing in of_axis), strict=True))
         on_axis = [(by_formula_at_once if axis == "ranks" else by_formula)[size] for size in line]
-        report(bench, axis, line, rounds, on_axis, [peaks[growing] for growing in of_axis])
-    over = [growing.size.bytes() / peak - 1 for growing, peak in peaks.items()]
+        reckoned = [growing.size.bytes(growing.load) for growing in of_axis]
+        report(bench, axis, line, rounds, on_axis, [peaks[growing] for growing in of_axis], reckoned)
+    over = [growing.size.bytes(growing.load) / peak - 1 for growing, peak in peaks.items()]
     bench.note(f"bytes by formula, nothing fitted, over those measured: {min(over):+.0%} to {max(over):+.0%}")
     shares = np.array(BASE.causes()) * costs / by_formula[BASE]
     causes = ("products", "parameters", "layers", "constant")
@@ -67,12 +69,14 @@ def measure(bench: Bench) -> None:
     bench.note(f"the formula's largest error in time on one rank: {worst:.0%}")
 
 
-def formula_of_ranks(costs: np.ndarray, seconds: Mapping[Size, float]) -> dict[Size, float]:
+def formula_of_ranks(
+    costs: np.ndarray, loads: Mapping[Size, float], seconds: Mapping[Size, float]
+) -> dict[Size, float]:
     """Seconds by formula, where eight processes run at once; of those measured, `seconds`, two numbers are used.
 
     One rank's say how much slower everything is in that company, two ranks' what a byte costs that leaves a rank.
     """
-    computed = {size: float(np.dot(size.causes(), costs)) for size in seconds}
+    computed = {size: float(np.dot(size.causes(loads[size]), costs)) for size in seconds}
     of_one, of_two = (next(size for size in seconds if size.ranks == ranks) for ranks in (1, 2))
     slower = seconds[of_one] / computed[of_one]
     a_byte = max(0.0, seconds[of_two] - slower * computed[of_two]) / of_two.exchanged_bytes()
@@ -102,18 +106,19 @@ def report(
     seconds: Sequence[Sequence[float]],
     seconds_by_formula: Sequence[float],
     peaks: Sequence[int],
+    reckoned: Sequence[int],
 ) -> None:
     """The exponents of one axis, and the values it is drawn from, all beside those at 1×.
 
     Args:
         seconds: [rounds, sizes].
         peaks: bytes, [sizes].
+        reckoned: bytes by formula, [sizes].
     """
     factors = [getattr(size, axis) / getattr(line[0], axis) for size in line]
     expected = exponent(factors, seconds_by_formula)
     found = [exponent(factors, values) for values in seconds]
     bench.figure(f"{axis}: exponent of time", found, better="lower", expected=expected, margin=MARGIN)
-    reckoned = [size.bytes() for size in line]
     expected, found = exponent(factors, reckoned), [exponent(factors, peaks)]
     bench.figure(f"{axis}: exponent of memory", found, better="lower", expected=expected, margin=MARGIN)
     bench.result.series[axis] = {
