@@ -13,6 +13,7 @@ pip="$directory/bin/pip"
 # verl and megatron-core without their requirements: of verl its loss functions are called and nothing is trained, and
 # what those import is listed here.
 "$pip" install -q --no-deps verl==0.9.1 megatron-core==0.16.1
+"$pip" install -q ninja==1.13.0  # with a C++ compiler, for the policy loss in native code
 "$pip" install -q ray==2.60.0 omegaconf==2.3.1 hydra-core==1.3.8 tensordict==0.10.0 codetiming==1.4.0 pandas==3.1.1 orjson==3.13.0
 # For tools/bench/gpu.py. Its kernels need a GPU, and Triton, which PyTorch's build for CUDA brings.
 if command -v nvidia-smi >/dev/null; then

@@ -3,21 +3,25 @@
 Each side returns its loss with its own metrics, as its trainer calls it; losses and gradients are held to each other.
 TRL's is the loss method of its GRPOTrainer, handed log-probs instead of a model. Settings, masks and bounds of
 responses are made once, outside of what is timed. The floor reads and writes 16 bytes a token: two log-probs in, a
-gradient out, and one more. For GSPO three more measures of how near it one can come: GSPO and our metrics as a few
-plain lines for responses of one length, fused by `torch.compile` into native code; the difference of the log-probs
-alone; and autograd alone, a function that computes nothing and hands back memory that nobody has written.
+gradient out, and one more. For GSPO two more measures of how near it one can come: all of it in one function of C++; and
+autograd alone, a function that computes nothing and hands back memory that nobody has written.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.cpp_extension import load
 from trl import GRPOTrainer
 from verl.trainer.ppo.core_algos import compute_policy_loss_gspo, compute_policy_loss_vanilla
 from verl.workers.config import ActorConfig
@@ -27,6 +31,7 @@ from tools.bench.harness import Bench, copy_probe
 
 NUM_RESPONSES, TOKENS = 64, 4096
 CALLS = 5  # a turn: one takes about a millisecond
+KERNEL = Path(__file__).with_name("gspo_kernel.cpp")
 
 #: Log-probs [N, tokens], those of the old policy, and advantages [N] to a loss, 0-d
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,15 +53,14 @@ def measure(bench: Bench) -> None:
 def measure_objective(bench: Bench, objective: str, current: Tensor, old: Tensor, advantages: Tensor) -> None:
     sides = {"ours": ours(objective), "TRL": trls(objective), "verl": verls(objective)}
     if objective == "gspo":
-        compiled = torch.compile(few_lines_of_gspo)
-        sides["compiled"] = lambda *inputs: compiled(*inputs)[0]
+        with tempfile.TemporaryDirectory() as directory:  # what is loaded outlives its file
+            sides["native code"] = native(Path(directory))
     check_same(bench, objective, sides, current, old, advantages)
     calls: dict[str, Callable[[], object]] = {
         name: partial(differentiate, side, current, old, advantages) for name, side in sides.items()
     }
     calls["floor"] = copy_probe(8 * current.numel())  # reads 8 bytes a token and writes 8
     if objective == "gspo":
-        calls["difference"] = lambda: current - old
         calls["autograd"] = partial(
             differentiate, lambda log_probs, *_: _Nothing.apply(log_probs), current, old, advantages
         )
@@ -72,10 +76,8 @@ def measure_objective(bench: Bench, objective: str, current: Tensor, old: Tensor
         aim=1.3 if objective == "gspo" else None,
     )
     if objective == "gspo":
-        name = "gspo: fused by torch.compile, its time / copying 16 bytes a token"
-        bench.figure(name, times.ratio("compiled", "floor"), better="lower")
-        name = "gspo: the difference of log-probs alone / copying 16 bytes a token"
-        bench.figure(name, times.ratio("difference", "floor"), better="lower")
+        name = "gspo: one function of native code, its time / copying 16 bytes a token"
+        bench.figure(name, times.ratio("native code", "floor"), better="lower")
         name = "gspo: autograd alone, with nothing computed / copying 16 bytes a token"
         bench.figure(name, times.ratio("autograd", "floor"), better="lower")
 
@@ -114,21 +116,21 @@ def ours(objective: str) -> Loss:
     return loss
 
 
-def few_lines_of_gspo(log_probs: Tensor, old: Tensor, advantages: Tensor) -> tuple[Tensor, ...]:
-    """The loss by eqs. 6 and 8, then what we measure beside it; without our checks and options."""
+def native(directory: Path) -> Loss:
+    """GSPO in one function of C++, autograd's part included (`gspo_kernel.cpp`), compiled in `directory`."""
+    # PyTorch's build of extensions looks for Ninja on the path, and a virtual environment may have it.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    flags = ["-O3", "-march=native", "-fno-math-errno"]
+    module = load("gspo_kernel", str(KERNEL), extra_cflags=flags, build_directory=str(directory))
     low, high = clip_range("gspo")
-    log_ratios = log_probs - old
-    means = log_ratios.mean(dim=1)
-    lower = torch.where(advantages < 0, math.log1p(-low), -math.inf)
-    upper = torch.where(advantages > 0, math.log1p(high), math.inf)
-    loss = -(means.clamp(lower, upper).exp() * advantages).mean()
-    tokens, responses, weights = log_ratios.detach(), means.detach(), means.detach().exp()
-    return (
-        loss,
-        *(moment for values in (tokens, responses, weights) for moment in (values.sum(), values.square().sum())),
-        *(values.abs().max() for values in (tokens, responses)),
-        *((responses < lower).sum(), (responses > upper).sum()),
-    )
+    bounds = math.log1p(-low), math.log1p(high)
+    cu_seqlens = torch.arange(NUM_RESPONSES + 1) * TOKENS
+
+    def loss(log_probs: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        measured = torch.empty(5, dtype=torch.float64)
+        return module.gspo(log_probs.flatten(), old.flatten(), advantages, cu_seqlens, *bounds, measured)
+
+    return loss
 
 
 class _Nothing(torch.autograd.Function):
