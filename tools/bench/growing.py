@@ -1,8 +1,7 @@
 """A training step of a given size in processes forked for it, and what time and memory should come to by formula.
 
-In: a `Size`. Out: processor seconds of its steps, bytes of tensors at a step's peak, and its mean log-prob at first.
-One process a rank; all of a size's ranks are told to step together, and what is reported is that of the rank that takes
-most. Responses have one length, so that more tokens are more responses; micro-batches hold all of a rank's.
+In: a `Size`. Out: processor seconds of its steps, the mean of its ranks; bytes of tensors at a step's peak, those of the
+fullest; and its mean log-prob at first. One process a rank; all of a size's ranks are told to step together. Responses have one length, so that more tokens are more responses; micro-batches hold all of a rank's.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -69,11 +69,7 @@ class AsRouted(Activations):
 
 @dataclass(frozen=True)
 class Size:
-    """What is made larger.
-
-    `load`, where a formula takes it, is the rows of the fullest rank's experts as a multiple of an even share: what takes
-    most is that rank's, and random routers are not even (the fullest of eight ranks has 1.3 times its share).
-    """
+    """What is made larger."""
 
     tokens: int = 512  # of a step, on all ranks together
     experts: int = 8
@@ -103,14 +99,14 @@ class Size:
         of = self.shapes
         return self.layers * of.experts // self.ranks * 3 * of.hidden * of.expert_width
 
-    def causes(self, load: float = 1.0) -> tuple[float, float, float, float]:
+    def causes(self) -> tuple[float, float, float, float]:
         """What time is spent on, on one rank: operations of matrix products, parameters updated, layers, once.
 
         Of what all ranks have, each updates its share: the optimizer is distributed.
         """
         of, tokens = self.shapes, self.tokens / self.ranks
         expert = 3 * of.hidden * of.expert_width
-        active = self.shared_parameters - of.vocabulary * of.hidden + self.layers * of.top_k * expert * load
+        active = self.shared_parameters - of.vocabulary * of.hidden + self.layers * of.top_k * expert
         pairs = tokens * LENGTH
         operations = 6 * active * tokens + 12 * self.layers * of.query * pairs / 2
         updated = self.shared_parameters / self.ranks + self.expert_parameters
@@ -128,11 +124,14 @@ class Size:
         return static.parameters + static.gradients + static.optimizer
 
     def bytes(self, load: float = 1.0) -> int:
-        """What a rank's tensors take at a step's peak, by `megatron_gspo.memory`'s terms for layers on a CPU.
+        """What the fullest rank's tensors take at a step's peak, by `megatron_gspo.memory`'s terms for layers on a CPU.
 
         That is what it holds, and the more of two that are never there together: what the forward pass keeps, with the
         gradients passing through a layer; and the copy of the gradients that gloo sums over ranks (PyTorch's
         ProcessGroupGloo clones the input of reduce_scatter), which are those of what all ranks have.
+
+        Args:
+            load: rows of that rank's experts, as a multiple of an even share; random routers are not even.
         """
         layout = parallel_section(self.ranks)
         tokens = self.tokens // self.ranks
@@ -165,8 +164,8 @@ class Growing:
         self.load = max(load for _, load in first)
 
     def step(self) -> float:
-        """Processor seconds of a step, on the rank that took most."""
-        return max(self._ask("step"))
+        """Processor seconds of a step, the mean of the ranks: which takes most is chance, and the more so the less it is."""
+        return statistics.fmean(self._ask("step"))
 
     def peak_bytes(self) -> int:
         """Bytes of tensors at a step's peak, on the rank that has most. The first step makes moments: ask later."""

@@ -1,7 +1,7 @@
 """Growth: a training step at 1×, 2×, 4× and 8× the tokens, experts, layers and ranks.
 
-Time is processor time of the rank that takes most, memory the bytes of its tensors at a step's peak. Beside each the
-formula. Bytes are as `megatron_gspo.memory` reckons them, and nothing is fitted to them. Seconds are operations of
+Time is processor time, the mean of the ranks; memory the bytes of the fullest rank's tensors at a step's peak. Beside each
+the formula. Bytes are as `megatron_gspo.memory` reckons them, and nothing is fitted to them. Seconds are operations of
 matrix products, parameters updated, layers and a constant, at costs fitted to the sizes on one rank, and bytes that
 leave a rank, at the cost that two ranks show; for four and eight the formula is a prediction.
 
@@ -52,8 +52,7 @@ def measure(bench: Bench) -> None:
     medians = {growing: float(np.median(values)) for growing, values in seconds.items()}
     costs = fitted([size.causes() for size in alone], [medians[growing] for growing in alone.values()])
     by_formula = {size: float(np.dot(size.causes(), costs)) for size in alone}
-    loads = {size: growing.load for size, growing in shared.items()}
-    by_formula_at_once = formula_of_ranks(costs, loads, {size: medians[growing] for size, growing in shared.items()})
+    by_formula_at_once = formula_of_ranks(costs, {size: medians[growing] for size, growing in shared.items()})
     for axis, line in lines.items():
         of_axis = [running[f"{axis}: {size}"] for size in line]
         rounds = list(zip(*(seconds[growing] for growing in of_axis), strict=True))
@@ -69,14 +68,12 @@ def measure(bench: Bench) -> None:
     bench.note(f"the formula's largest error in time on one rank: {worst:.0%}")
 
 
-def formula_of_ranks(
-    costs: np.ndarray, loads: Mapping[Size, float], seconds: Mapping[Size, float]
-) -> dict[Size, float]:
+def formula_of_ranks(costs: np.ndarray, seconds: Mapping[Size, float]) -> dict[Size, float]:
     """Seconds by formula, where eight processes run at once; of those measured, `seconds`, two numbers are used.
 
     One rank's say how much slower everything is in that company, two ranks' what a byte costs that leaves a rank.
     """
-    computed = {size: float(np.dot(size.causes(loads[size]), costs)) for size in seconds}
+    computed = {size: float(np.dot(size.causes(), costs)) for size in seconds}
     of_one, of_two = (next(size for size in seconds if size.ranks == ranks) for ranks in (1, 2))
     slower = seconds[of_one] / computed[of_one]
     a_byte = max(0.0, seconds[of_two] - slower * computed[of_two]) / of_two.exchanged_bytes()
