@@ -112,12 +112,6 @@ class Size:
         updated = self.shared_parameters / self.ranks + self.expert_parameters
         return operations, updated, float(self.layers), 1.0
 
-    def exchanged_bytes(self) -> float:
-        """What leaves a rank: tokens for experts elsewhere and back, forward and backward; and gradients, summed."""
-        of, elsewhere = self.shapes, (self.ranks - 1) / self.ranks
-        dispatched = 4 * self.layers * self.tokens / self.ranks * of.top_k * of.hidden
-        return FLOAT32 * elsewhere * (dispatched + 2 * self.shared_parameters)
-
     def held_bytes(self) -> int:
         """What a rank holds between steps: parameters, gradients, and its share of Adam's moments."""
         static = static_memory(self.shapes, parallel_section(self.ranks), FLOAT32, 0, None)

@@ -20,7 +20,7 @@ from tools.bench.growing import (
     write_recipe,
 )
 from tools.bench.picture import draw
-from tools.bench.rows.growth import BASE, along
+from tools.bench.rows.growth import BASE, along, formula_of_ranks
 
 SMALL = Size(tokens=256, experts=4, layers=1)
 
@@ -88,15 +88,13 @@ def test_bytes_grown_are_those_of_the_moment_with_most():
     assert 3 * 2**22 <= grown_bytes(run) < 3 * 2**22 + 2**12
 
 
-def test_what_leaves_a_rank_is_the_tokens_of_experts_elsewhere_and_the_gradients_of_what_all_have():
-    alone, of_two, of_four = (replace(BASE, ranks=ranks).exchanged_bytes() for ranks in (1, 2, 4))
-    assert alone == 0 < of_two
-    more = replace(BASE, ranks=2, tokens=2 * BASE.tokens).exchanged_bytes()
-    # Half of a rank's 256 tokens' 2 rows of 256 float32, there and back, forward and backward, in each of 2 layers.
-    assert more - of_two == 0.5 * 256 * 2 * 256 * 4 * 4 * 2
-    # A rank of four has half the tokens of one of two, of which three quarters leave it, not a half.
-    tokens, gradients = more - of_two, 2 * of_two - more
-    assert of_four == pytest.approx(1.5 * (tokens / 2 + gradients))
+def test_among_ranks_the_formula_finds_what_a_peer_costs_and_how_much_slower_all_is():
+    costs = np.array([2e-11, 1e-9, 0.0, 0.01])
+    sizes = along("ranks")
+    seconds = {size: 1.5 * float(np.dot(size.causes(), costs)) + 0.02 * (size.ranks - 1) for size in sizes}
+    assert formula_of_ranks(costs, seconds) == pytest.approx(seconds)
+    without_peers = {size: 1.5 * float(np.dot(size.causes(), costs)) for size in sizes}
+    assert formula_of_ranks(costs, without_peers) == pytest.approx(without_peers)
 
 
 def test_the_fit_finds_the_costs_and_none_is_negative():

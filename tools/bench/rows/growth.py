@@ -2,8 +2,8 @@
 
 Time is processor time, the mean of the ranks; memory the bytes of the fullest rank's tensors at a step's peak. Beside each
 the formula. Bytes are as `megatron_gspo.memory` reckons them, and nothing is fitted to them. Seconds are operations of
-matrix products, parameters updated, layers and a constant, at costs fitted to the sizes on one rank, and bytes that
-leave a rank, at the cost that two ranks show; for four and eight the formula is a prediction.
+matrix products, parameters updated, layers and a constant, at costs fitted to the sizes on one rank; and, among ranks,
+the peers that a rank exchanges with, at a cost fitted to the numbers of ranks.
 
 The ranks share the 8-fold tokens and the experts on two cores, so only what each computes is measured, not how long
 they wait. Processes that run at once slow each other down in caches and memory, whatever they compute: eight run at
@@ -69,15 +69,13 @@ def measure(bench: Bench) -> None:
 
 
 def formula_of_ranks(costs: np.ndarray, seconds: Mapping[Size, float]) -> dict[Size, float]:
-    """Seconds by formula, where eight processes run at once; of those measured, `seconds`, two numbers are used.
+    """Seconds by formula, where eight processes run at once, as `seconds` were measured.
 
-    One rank's say how much slower everything is in that company, two ranks' what a byte costs that leaves a rank.
+    What a rank computes, by so much slower in that company, and as much for each peer: both fitted to all of `seconds`.
     """
-    computed = {size: float(np.dot(size.causes(), costs)) for size in seconds}
-    of_one, of_two = (next(size for size in seconds if size.ranks == ranks) for ranks in (1, 2))
-    slower = seconds[of_one] / computed[of_one]
-    a_byte = max(0.0, seconds[of_two] - slower * computed[of_two]) / of_two.exchanged_bytes()
-    return {size: slower * computed[size] + a_byte * size.exchanged_bytes() for size in seconds}
+    causes = [(float(np.dot(size.causes(), costs)), size.ranks - 1.0) for size in seconds]
+    slower_and_a_peer = fitted(causes, list(seconds.values()))
+    return {size: float(np.dot(each, slower_and_a_peer)) for size, each in zip(seconds, causes, strict=True)}
 
 
 def along(axis: str) -> list[Size]:
