@@ -6,7 +6,7 @@ not hold the same tokens or experts are spread over several. NCCL takes them; gl
 
 The distributed optimizer scatters the sums of gradients, and gathers parameters, from and to parts of the same memory
 (distributed/param_and_grad_buffer.py). In a group of one, as experts have that are spread over all ranks, nothing is to
-be done, and NCCL does nothing; gloo copies all of it, four times an update, once into new memory.
+be done; gloo copies all of it, gradients and then parameters, each into new memory and back.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import torch.distributed as dist
 
 @functools.cache
 def prepare_gloo() -> None:
-    """Give Megatron's collectives a form for unequal parts, and its optimizer's one for groups of one. Again is harmless."""
+    """Give Megatron's collectives a form for unequal parts, its optimizer's one for groups of one. Again is harmless."""
     mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
     mappings._gather_along_first_dim = _where_unequal(mappings._gather_along_first_dim, gather_unequal)
     mappings._reduce_scatter_along_first_dim = _where_unequal(
         mappings._reduce_scatter_along_first_dim, reduce_scatter_unequal
     )
     buffers: Any = importlib.import_module("megatron.core.distributed.param_and_grad_buffer")
-    buffers.dist_reduce_scatter_func = _unless_in_place_alone(buffers.dist_reduce_scatter_func)
-    buffers.dist_all_gather_func = _unless_in_place_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = _skipping_in_place_of_one(buffers.dist_reduce_scatter_func)
+    buffers.dist_all_gather_func = _skipping_in_place_of_one(buffers.dist_all_gather_func)
 
 
 def gather_unequal(own: torch.Tensor, group: dist.ProcessGroup, lengths: Sequence[int]) -> torch.Tensor:
@@ -68,15 +68,15 @@ def _where_unequal(
     return collective
 
 
-def _unless_in_place_alone(collective: Callable[..., dist.Work | None]) -> Callable[..., dist.Work | None]:
+def _skipping_in_place_of_one(collective: Callable[..., dist.Work | None]) -> Callable[..., dist.Work | None]:
     """`collective`, and nothing where one rank would copy memory to itself and nobody waits for a handle."""
 
     @functools.wraps(collective)
-    def unless(
+    def skipping(
         output: torch.Tensor, given: torch.Tensor, *, group: dist.ProcessGroup, async_op: bool, **options: Any
     ) -> dist.Work | None:
         if group.size() == 1 and not async_op and output.data_ptr() == given.data_ptr():
             return None
         return collective(output, given, group=group, async_op=async_op, **options)
 
-    return unless
+    return skipping

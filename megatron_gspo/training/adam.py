@@ -48,8 +48,11 @@ class AdamWithGroupStep(torch.optim.Optimizer):
                 [state["exp_avg"] for state in states],
                 [state["exp_avg_sq"] for state in states],
                 max_exp_avg_sqs=[],
-                # PyTorch counts each of these up by itself, where its parameter is.
-                state_steps=[torch.full((), float(num_updates_before), device=each.device) for each in parameters],
+                # PyTorch counts each of these up by itself; a GPU's kernel wants them there, and reads float32 unasked.
+                state_steps=[
+                    torch.full((), float(num_updates_before), dtype=torch.float32, device=each.device)
+                    for each in parameters
+                ],
                 # One pass in place. Its other forms make temporaries as large as a parameter, on a GPU as all of them.
                 fused=True,
                 decoupled_weight_decay=self._decoupled_weight_decay,

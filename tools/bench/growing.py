@@ -1,7 +1,8 @@
 """A training step of a given size in processes forked for it, and what time and memory should come to by formula.
 
 In: a `Size`. Out: processor seconds of its steps, the mean of its ranks; bytes of tensors at a step's peak, those of the
-fullest; and its mean log-prob at first. One process a rank; all of a size's ranks are told to step together. Responses have one length, so that more tokens are more responses; micro-batches hold all of a rank's.
+fullest; and its mean log-prob at first. One process a rank; all of a size's ranks are told to step together. Responses
+have one length, so that more tokens are more responses; micro-batches hold all of a rank's.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class Growing:
         self.load = max(load for _, load in first)
 
     def step(self) -> float:
-        """Processor seconds of a step, the mean of the ranks: which takes most is chance, and the more so the less it is."""
+        """Processor seconds of a step, the mean of the ranks: the largest of eight short times is mostly chance."""
         return statistics.fmean(self._ask("step"))
 
     def peak_bytes(self) -> int:
@@ -182,7 +183,7 @@ class Growing:
 
 
 def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
-    """A rank's process: its part of the mean log-prob and the load, then a step's seconds or bytes at its peak, as asked."""
+    """A rank's process: says its part of the mean log-prob and the load, then a step's seconds or peak bytes, as asked."""
     place = {
         "RANK": rank,
         "LOCAL_RANK": rank,
@@ -223,7 +224,11 @@ def _steps(size: Size, rank: int, port: int, connection: Connection) -> None:
 
 
 def load_of_the_fullest(routes: Sequence[Tensor], size: Size) -> float:
-    """Rows of the fullest rank's experts as a multiple of an even share, by every rank's `routes`, each [layers, S, K]."""
+    """Rows of the fullest rank's experts as a multiple of an even share. A collective.
+
+    Args:
+        routes: of this rank's tokens, one a micro-batch, [layers, S, K].
+    """
     experts = torch.cat([each.flatten() for each in routes])
     rows = torch.bincount(experts.int(), minlength=size.experts)
     torch.distributed.all_reduce(rows)

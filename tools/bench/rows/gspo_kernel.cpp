@@ -1,10 +1,10 @@
-// GSPO (eqs. 6 and 8 of the paper) in one native function, with the moments and maxima that our loss measures: the least
-// that a call can take beside PyTorch's autograd. Without our checks and options; float32, for a CPU.
+// GSPO (eqs. 6 and 8 of the paper) in one native function, with the tokens' moments that our loss measures: about the
+// least that a call can take beside PyTorch's autograd. Without our checks and options; float32, for a CPU.
 #include <torch/extension.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <iterator>
 
 using torch::Tensor;
 using torch::autograd::AutogradContext;
