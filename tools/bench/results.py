@@ -111,7 +111,7 @@ def aims(rows: Rows) -> str:
     lines += [
         f"| {s.row}: {s.name} | {number(s.median)} | {s.target}{' **missed**' if s.met is False else ''} |"
         for s in summaries(rows)
-        if s.target
+        if s.met is not None
     ]
     return "\n".join(lines)
 
